@@ -1,0 +1,78 @@
+"""A request as the engine core sees it: tokens, limits, and how far it has come."""
+
+import dataclasses
+import enum
+
+from jaxllm.core.sampling_params import SamplingParams
+
+
+class Status(enum.IntEnum):
+    """WAITING holds no slot and no page; RUNNING holds a slot; the rest are ends."""
+
+    WAITING = 0
+    RUNNING = 1
+    STOPPED = 2  # a stop token, end-of-sequence or, told from outside, a stop string
+    LENGTH = 3  # max_tokens or max_model_len
+    ABORTED = 4
+    ERROR = 5
+
+    @property
+    def ended(self) -> bool:
+        return self >= Status.STOPPED
+
+
+FINISH_REASONS = {Status.STOPPED: "stop", Status.LENGTH: "length", Status.ABORTED: "abort", Status.ERROR: "error"}
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Request:
+    """One sequence. `n` samples are n requests whose followers name the first as `leader`.
+
+    Attributes:
+      id: unique among live requests.
+      tokens: prompt and known output tokens, one list; grows in `Scheduler.finish`.
+      num_prompt_tokens: how many of `tokens` are the prompt. A request may be submitted with output tokens already
+        emitted (a resumption): then len(tokens) > num_prompt_tokens, and it goes on exactly as if never interrupted.
+      params: the sampler's wishes; `params.max_tokens` is already a number.
+      stop_token_ids: every token that ends the request (end-of-sequence included unless ignored).
+      seed: 64-bit unsigned; drawn at the door where the user gave none.
+      priority: lower runs first under the priority policy.
+      arrival: seconds, only compared with each other.
+      cache_salt: requests of different salts share no pages.
+      adapter: the LoRA adapter's name, part of the page hashes; None for the base model.
+      leader: the request id whose prompt pages this one waits for and shares.
+      slot: the row of the device's state that it owns while running, else -1.
+      num_computed: tokens whose keys and values are, or by launched steps will be, in the cache.
+      num_pending: sampled tokens that launched steps will bring and `finish` has not yet seen.
+      stop_token: the token that stopped it, if one did.
+    """
+
+    id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    seed: int
+    priority: int = 0
+    arrival: float = 0.0
+    cache_salt: str = ""
+    adapter: str | None = None
+    leader: str | None = None
+    status: Status = Status.WAITING
+    slot: int = -1
+    num_computed: int = 0
+    num_pending: int = 0
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_preemptions: int = 0
+    stop_token: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and pending tokens: what `num_computed` has to catch up with."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Known output tokens."""
+        return len(self.tokens) - self.num_prompt_tokens

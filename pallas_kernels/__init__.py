@@ -1,0 +1,1 @@
+"""Kernels of the engine. Depends on JAX alone; one folder an operation."""
