@@ -1,0 +1,177 @@
+"""The pieces that families are built from. Parameters are abstract (ShapeDtypeStruct) until a loader fills them.
+
+Each parameter says in its metadata where it comes from and how it may be sharded:
+  sources: names in a Hugging Face checkpoint, relative to the parent of the module, joined along the last axis;
+    absent where the parameter's own path is its name.
+  transpose: the checkpoint holds it as [out, in].
+  axes: logical axis names, one a dimension (see `sharding`).
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.models.config import DecoderConfig
+from jaxllm.models.metadata import LinearMetadata, StepMetadata
+from jaxllm.models.rope import rotate
+from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+
+RopeTables = tuple[jax.Array, jax.Array]
+
+
+def parameter(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], **metadata) -> nnx.Param:
+    """An abstract parameter with its sharding axes and its place in a checkpoint."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, **metadata)
+
+
+class Linear(nnx.Module):
+    """A projection [in, out], or several fused along their outputs; `slices` are their logical widths, in order.
+
+    Args:
+      slices: checkpoint name and width of each output slice.
+      source: the checkpoint's own name where it stores the slices fused already.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        slices: Mapping[str, int],
+        *,
+        dtype,
+        axes: tuple[str, str],
+        bias: bool = False,
+        source: str | None = None,
+    ):
+        self.slices = tuple(slices.values())
+        names = (source,) if source else tuple(slices)
+        shape = (in_features, sum(self.slices))
+        sources = tuple(f"{name}.weight" for name in names)
+        self.kernel = parameter(shape, dtype, axes, sources=sources, transpose=True)
+        bias_sources = tuple(f"{name}.bias" for name in names)
+        self.bias = parameter(shape[1:], dtype, axes[1:], sources=bias_sources) if bias else None
+
+
+def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata) -> jax.Array:
+    """[T, in] to [T, out]; the one place where activations meet projection weights."""
+    y = jnp.dot(x, weight.kernel[...])
+    return y if weight.bias is None else y + weight.bias[...]
+
+
+def split(y: jax.Array, weight: Linear) -> list[jax.Array]:
+    """The logical slices of a fused projection's output."""
+    starts = [sum(weight.slices[:i]) for i in range(len(weight.slices))]
+    return [y[:, start : start + width] for start, width in zip(starts, weight.slices, strict=True)]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalization in float32 (Zhang and Sennrich, 2019).
+
+    `unit_offset`: the weight is stored less one and multiplied before rounding (Gemma); otherwise after.
+    """
+
+    def __init__(self, size: int, eps: float, *, dtype, unit_offset: bool = False):
+        self.weight = parameter((size,), dtype, (None,), init="zeros" if unit_offset else "ones")
+        self.eps, self.unit_offset = eps, unit_offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.unit_offset:
+            return (wide * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return wide.astype(x.dtype) * self.weight[...]
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [vocab, embed], also the output projection of models that tie the two."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype):
+        self.weight = parameter((vocab_size, hidden_size), dtype, ("vocab", "embed"))
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        return self.weight[...][token_ids]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[R, embed] to float32[R, vocab]."""
+        return jnp.einsum("re,ve->rv", hidden, self.weight[...], preferred_element_type=jnp.float32)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the paged cache. `group` is the index of its cache group."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        window: int | None,
+        group: int,
+        dtype,
+        norm: type[RMSNorm] | None = None,
+        unit_offset: bool = False,
+        fused_source: str | None = None,
+    ):
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.window, self.group = window, group
+        self.scale, self.cap = config.attention_scale, config.attention_cap
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv_proj = Linear(
+            config.hidden_size,
+            {"q_proj": q, "k_proj": kv, "v_proj": kv},
+            dtype=dtype,
+            axes=("embed", "heads"),
+            bias=config.attention_bias,
+            source=fused_source,
+        )
+        self.o_proj = Linear(q, {"o_proj": config.hidden_size}, dtype=dtype, axes=("heads", "embed"))
+        self.q_norm = norm and norm(self.head_dim, config.rms_norm_eps, dtype=dtype, unit_offset=unit_offset)
+        self.k_norm = norm and norm(self.head_dim, config.rms_norm_eps, dtype=dtype, unit_offset=unit_offset)
+
+    def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
+        q, k, v = split(linear(x, self.qkv_proj, metadata.linear), self.qkv_proj)
+        q = q.reshape(-1, self.heads, self.head_dim)
+        k = k.reshape(-1, self.kv_heads, self.head_dim)
+        v = v.reshape(-1, self.kv_heads, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope)
+        out, cache = ragged_paged_attention(
+            q,
+            k,
+            v,
+            cache,
+            metadata.attention[self.group],
+            backend=metadata.backend,
+            scale=self.scale,
+            window=self.window,
+            cap=self.cap,
+        )
+        return linear(out.reshape(x.shape[0], -1), self.o_proj, metadata.linear), cache
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), gate and up fused."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, fused_source: str | None = None):
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear(
+            hidden,
+            {"gate_proj": intermediate, "up_proj": intermediate},
+            dtype=dtype,
+            axes=("embed", "mlp"),
+            bias=config.mlp_bias,
+            source=fused_source,
+        )
+        self.down_proj = Linear(
+            intermediate, {"down_proj": hidden}, dtype=dtype, axes=("mlp", "embed"), bias=config.mlp_bias
+        )
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array, metadata: StepMetadata) -> jax.Array:
+        gate, up = split(linear(x, self.gate_up_proj, metadata.linear), self.gate_up_proj)
+        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return linear(gate * up, self.down_proj, metadata.linear)

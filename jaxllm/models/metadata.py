@@ -1,0 +1,40 @@
+"""What a step tells the model about its tokens, beside the tokens themselves."""
+
+import dataclasses
+
+import jax
+
+from pallas_kernels.ragged_paged_attention import AttentionMetadata
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearMetadata:
+    """What projections need to know of the rows.
+
+    Attributes:
+      adapter_ids: int32[T], the adapter slot of each token, or None while no adapters are loaded.
+    """
+
+    adapter_ids: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetadata:
+    """One step's metadata.
+
+    Attributes:
+      attention: an AttentionMetadata for each cache group of the model, in the model's order.
+      linear: see LinearMetadata.
+      backend: the attention backend, one of pallas_kernels.ragged_paged_attention.BACKENDS (static).
+    """
+
+    attention: tuple[AttentionMetadata, ...]
+    linear: LinearMetadata
+    backend: str = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def positions(self) -> jax.Array:
+        """int32[T], the same in every group."""
+        return self.attention[0].positions
