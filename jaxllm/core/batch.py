@@ -15,6 +15,7 @@ class Row:
       start: position of the first token to compute.
       length: how many tokens to compute, at least 1.
       samples: the row catches up with all tokens, so its last one yields a new token.
+      epoch: `request.num_preemptions` when scheduled; differs from it once the request has lost the row's pages.
     Tokens from `len(request.tokens)` on are not known on the host: the device feeds them from its own history.
     """
 
@@ -23,6 +24,7 @@ class Row:
     start: int
     length: int
     samples: bool
+    epoch: int = 0
 
 
 @dataclasses.dataclass(slots=True)

@@ -2,8 +2,12 @@
 
 import dataclasses
 import enum
+from typing import TYPE_CHECKING
 
 from jaxllm.core.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxllm.core.kv_cache import SequencePages
 
 
 class Status(enum.IntEnum):
@@ -44,7 +48,16 @@ class Request:
       slot: the row of the device's state that it owns while running, else -1.
       num_computed: tokens whose keys and values are, or by launched steps will be, in the cache.
       num_pending: sampled tokens that launched steps will bring and `finish` has not yet seen.
+      num_cached: prompt tokens found in the prefix cache at first admission.
+      num_preemptions: how often it lost its pages to another request.
       stop_token: the token that stopped it, if one did.
+    The scheduler's own:
+      limit: prompt and output tokens at which it ends with LENGTH.
+      rank: smaller is served first; unique.
+    The cache's own:
+      capacity: tokens that its pages have room for.
+      commit_at: computed tokens at which its next page is full.
+      pages: its page tables.
     """
 
     id: str
@@ -63,9 +76,14 @@ class Request:
     slot: int = -1
     num_computed: int = 0
     num_pending: int = 0
-    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_cached: int = 0
     num_preemptions: int = 0
     stop_token: int | None = None
+    limit: int = 0
+    rank: tuple[int, float, int] = (0, 0.0, 0)
+    capacity: int = 0
+    commit_at: int = 0
+    pages: "SequencePages | None" = None
 
     @property
     def num_tokens(self) -> int:
