@@ -138,7 +138,7 @@ class KVCache:
             if self._windows:
                 if any(not pages[g] for g in self._full):
                     break
-                for g, window in self._windows:
+                for g, _ in self._windows:
                     runs[g] = runs[g] + 1 if pages[g] else 0
                 if any(runs[g] < min(i + 1, window) for g, window in self._windows):
                     continue
@@ -226,7 +226,7 @@ class KVCache:
         self.num_hit_tokens += prefix.num_pages * self.page_size
 
     def extend(self, request: Request, length: int, updates: PageUpdates) -> int:
-        """Gives the request pages for up to `length` tokens after `num_computed`; returns for how many there are any."""
+        """Gives the request pages for up to `length` tokens after `num_computed`; returns for how many."""
         record, size, start = request.pages, self.page_size, request.num_computed
         assert record is not None
         end = start + length

@@ -1,4 +1,4 @@
-"""What runs in the next step: every request's computed tokens catch up with its known tokens, under one token budget."""
+"""What runs in the next step: each request's computed tokens catch up with its known ones, under one token budget."""
 
 import dataclasses
 import heapq
@@ -217,32 +217,28 @@ class Scheduler:
     def _schedule_running(self, plan: _Plan) -> None:
         running, ones, budget = self._running, plan.ones, plan.budget
         for i, request in enumerate(running):  # preemption shortens the list behind us, which is safe
+            start = request.num_computed
             total = len(request.tokens) + request.num_pending
             if total >= request.limit:
                 continue  # launched steps bring its last token
-            start = request.num_computed
-            length = total - start
-            if length > 1:
-                length = min(length, budget - (len(running) - i - 1))  # leaves one token for each that follows
-            end = start + length
+            end = total
+            if total - start > 1:  # leaves one token of the budget for each request that follows
+                end = min(total, start + budget - (len(running) - i - 1))
             if end > request.capacity:
-                length = self._secure_pages(request, length, plan)
-                if not length:
+                end = start + self._secure_pages(request, end - start, plan)
+                if end == start:
                     continue
-                end = start + length
-            row = Row(request, request.slot, start, length, end == total, request.num_preemptions)
             if end == total:
                 request.num_pending += 1
             request.num_computed = end
-            if length == 1:
-                ones.append(row)
-            else:
-                plan.chunks.append(row)
+            length = end - start
             budget -= length
+            rows = ones if length == 1 else plan.chunks
+            rows.append(Row(request, request.slot, start, length, end == total, request.num_preemptions))
         plan.budget = budget
 
     def _secure_pages(self, request: Request, length: int, plan: _Plan) -> int:
-        """Pages for up to `length` more tokens, for at least one of them at worse requests' cost; 0 if there are none."""
+        """Pages for up to `length` more tokens, at least one at worse requests' cost; 0 if there are none."""
         while True:
             granted = self.kv_cache.extend(request, length, plan.page_updates)
             if granted < length:
@@ -314,7 +310,7 @@ class Scheduler:
         heapq.heappush(self._heap, (request.rank, request))
 
     def _preempt_for_priority(self) -> None:
-        """Makes room for the best waiting request by preempting running ones of strictly worse priority, if that helps."""
+        """Makes room for the best waiting request by preempting those of strictly worse priority, if that helps."""
         request = self._best_waiting()
         if request is None or not self._running or self._running[-1].priority <= request.priority:
             return
@@ -402,21 +398,11 @@ class Scheduler:
             if not row.samples:
                 continue
             request.num_pending -= 1
-            if not new:  # only beside rows that bring several: one token less than later rows counted on
-                request.num_computed = max(0, min(request.num_computed, request.num_tokens - 1))
-            for count, token in enumerate(new, 1):
-                known.append(token)
-                if token in request.stop_token_ids:
-                    status = Status.STOPPED
-                    request.stop_token = token
-                elif len(known) >= request.limit:
-                    status = Status.LENGTH
-                else:
-                    continue
-                new = new[:count]
-                self._end(request, status)
-                any_ended = True
-                break
+            if len(new) == 1 and new[0] not in request.stop_token_ids and len(known) + 1 < request.limit:
+                known.append(new[0])  # the usual case, made fast
+            else:
+                new, status = self._accept(request, new)
+                any_ended |= status >= Status.STOPPED
             if new:
                 updates.append(Update(request, new, status))
             if status is waiting and not request.num_pending:
@@ -424,6 +410,22 @@ class Scheduler:
         if any_ended:
             self._running = [request for request in self._running if request.status is running]
         return updates
+
+    def _accept(self, request: Request, new: list[int]) -> tuple[list[int], Status]:
+        """Appends tokens up to the first that ends the request; returns these and the request's status."""
+        if not new:  # only beside rows that bring several: one token less than later rows counted on
+            request.num_computed = max(0, min(request.num_computed, request.num_tokens - 1))
+        for count, token in enumerate(new, 1):
+            request.tokens.append(token)
+            if token in request.stop_token_ids:
+                request.stop_token = token
+                self._end(request, Status.STOPPED)
+            elif len(request.tokens) >= request.limit:
+                self._end(request, Status.LENGTH)
+            else:
+                continue
+            return new[:count], request.status
+        return new, request.status
 
     def _commit(self, request: Request, num_computed: int) -> None:
         if num_computed >= request.commit_at:
