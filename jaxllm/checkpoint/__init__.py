@@ -1,0 +1,30 @@
+"""Checkpoints: where a model's configuration, weights and tokenizer come from. No JAX in here."""
+
+import os
+
+from jaxllm.checkpoint.base import Checkpoint
+from jaxllm.checkpoint.resolve import DEFAULT_MODEL, resolve
+
+__all__ = ["DEFAULT_MODEL", "Checkpoint", "open_checkpoint", "resolve"]
+
+
+def open_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Opens a model's checkpoint: its config is read, its tensors are not.
+
+    Args:
+      model: "smollm2" (the default model), a directory, a .gguf file or a Hugging Face id.
+      revision: a branch, tag or commit of a Hugging Face id.
+
+    Raises:
+      ModelNotFoundError: there is no such model, or the hub cannot be reached.
+      CheckpointError: a file is corrupt, truncated or missing.
+      UnsupportedModelError: a format, architecture or tensor type that jaxllm does not read.
+    """
+    path = resolve(model, revision)
+    if path.is_dir():
+        from jaxllm.checkpoint.safetensors_source import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    from jaxllm.checkpoint.gguf_source import GgufCheckpoint
+
+    return GgufCheckpoint(path)

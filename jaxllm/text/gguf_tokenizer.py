@@ -1,0 +1,155 @@
+"""Tokenizers rebuilt from GGUF metadata.
+
+The metadata names a kind of vocabulary ("gpt2": byte-level BPE, "llama": SentencePiece) and, for the first, how text is
+cut before merging ("pre"). The cuts are those of the models' published tokenizer.json files; llama.cpp lists the names
+in `llama-vocab.cpp`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from jaxllm.errors import CheckpointError, UnsupportedModelError
+from jaxllm.text.sentencepiece_bpe import derive_merges
+from jaxllm.text.special_tokens import add_sequence_tokens
+from jaxllm.text.tokenizer import Tokenizer
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_TEKKEN = _WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O = (
+    _WORDS.replace("|", _CONTRACTIONS + "?|")
+    + _CONTRACTIONS
+    + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2_NAMES = ("default", "gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling")
+_DIGITS_NAMES = ("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b")
+_LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+_SPLITS = (
+    dict.fromkeys(_LLAMA3_NAMES, _LLAMA3)
+    | dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _LLAMA3)
+    | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "grok-2"), _QWEN2)
+    | {"tekken": _TEKKEN, "gpt-4o": _GPT4O, "llama4": _GPT4O}
+)
+_IGNORE_MERGES = (*_LLAMA3_NAMES, "tekken")  # a piece that is a token is taken whole
+_NFC = ("qwen2", "deepseek-r1-qwen", "megrez")  # text is composed first
+
+
+def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], where: str) -> Backend:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORE_MERGES)
+    except Exception as error:  # a merge of tokens that are not in the vocabulary
+        raise CheckpointError(f"{where}: corrupt: tokenizer.ggml.merges: {error}") from error
+    backend = Backend(model)
+    if pre in _GPT2_NAMES:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif pre in _DIGITS_NAMES:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif pre in _SPLITS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    else:
+        known = ", ".join(sorted({*_GPT2_NAMES, *_DIGITS_NAMES, *_SPLITS}))
+        raise UnsupportedModelError(f"{where}: tokenizer.ggml.pre={pre!r}; jaxllm builds {known}")
+    if pre in _NFC:
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], where: str, arch: str) -> Backend:
+    gemma = arch.startswith("gemma")
+    if gemma:  # files write runs of spaces as spaces
+        vocab = {("▁" * len(text) if text and not text.strip(" ") else text): token for text, token in vocab.items()}
+    stored = metadata.get("tokenizer.ggml.merges")
+    if stored is not None:
+        merges = [tuple(merge.split(" ", 1)) for merge in stored]
+    else:
+        scores = metadata.get("tokenizer.ggml.scores")
+        if scores is None or len(scores) != len(vocab):
+            raise CheckpointError(f"{where}: tokenizer.ggml.scores is missing or not as long as the vocabulary")
+        # Gemma's scores do not follow the order of its merges; the order of its tokens does
+        ranks = {text: -token if gemma else float(scores[token]) for text, token in vocab.items()}
+        merges = derive_merges(vocab, ranks)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    unk_token = tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
+    except Exception as error:
+        raise CheckpointError(f"{where}: corrupt: tokenizer.ggml.merges: {error}") from error
+    backend = Backend(model)
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", not gemma):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _added(tokens: Sequence[str], kinds: Sequence[int]) -> list[AddedToken]:
+    return [
+        AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
+        for text, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED) and text
+    ]
+
+
+def from_gguf(metadata: Mapping[str, Any], where: str, arch: str = "") -> Tokenizer:
+    """Builds the tokenizer of a GGUF file.
+
+    Args:
+      metadata: the file's metadata.
+      where: the file, for messages.
+      arch: its architecture; Gemma's SentencePiece differs from the others'.
+
+    Raises:
+      CheckpointError: the vocabulary is missing or contradicts itself.
+      UnsupportedModelError: a kind of vocabulary or of cut that jaxllm does not build.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if kind is None or not isinstance(tokens, list) or not tokens:
+        raise CheckpointError(f"{where}: the file holds no tokenizer (tokenizer.ggml.model and tokens)")
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModelError(f"{where}: tokenizer.ggml.model={kind!r}; jaxllm builds 'gpt2' and 'llama'")
+    vocab = {text: token for token, text in enumerate(tokens)}
+    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if len(vocab) != len(tokens) or len(kinds) != len(tokens):
+        raise CheckpointError(f"{where}: corrupt: {len(tokens)} tokens, {len(vocab)} distinct, {len(kinds)} types")
+    backend = _byte_level(metadata, vocab, where) if kind == "gpt2" else _sentencepiece(metadata, vocab, where, arch)
+    backend.add_tokens(_added(tokens, [int(k) for k in kinds]))
+
+    def token_text(role: str) -> str | None:
+        token = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        return tokens[token] if isinstance(token, int) and 0 <= token < len(tokens) else None
+
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special_tokens = {name: text for name, role in roles.items() if (text := token_text(role)) is not None}
+    # llama.cpp puts a beginning before SentencePiece and Llama 3 texts unless the file says otherwise
+    default_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    bos = special_tokens.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", default_bos) else None
+    eos = special_tokens.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    add_sequence_tokens(backend, bos, eos)
+    templates = {"default": text} if isinstance(text := metadata.get("tokenizer.chat_template"), str) else {}
+    for key, text in metadata.items():
+        if key.startswith("tokenizer.chat_template.") and isinstance(text, str):
+            templates[key.removeprefix("tokenizer.chat_template.")] = text
+    return Tokenizer(backend, special_tokens=special_tokens, chat_templates=templates)
