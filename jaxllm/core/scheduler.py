@@ -96,9 +96,10 @@ class Scheduler:
     preempted, though launched steps may still use them: the device runs steps in order, so the new owner's writes
     come after.
 
-    A row that samples normally yields one token. It may yield more (speculation); then rows already launched for the
-    request start too early, and the device, which knows the true length of the slot's history, must shorten a row
-    that reaches past it, and yield [] for one that samples but has not caught up with it.
+    A row that samples normally yields one token. It may yield more (speculation), if at most one further step is
+    launched before it is finished. That step's row then falls short of the true end of the slot's history, which only
+    the device knows: the device must yield [] for a row that samples but has not caught up with it, and shorten a row
+    that reaches past it.
 
     One order decides everything, `Request.rank`: priority (under that policy), arrival, order of `add`. Running
     requests go first, best first; whoever lacks pages takes them from the worst running one, never from a better one,
