@@ -40,26 +40,32 @@ def _bisect(key: jax.Array, weight: jax.Array | None, target: jax.Array, low: ja
     return lax.while_loop(unfinished, halve, (low, high))[1]
 
 
-def _integer_masses(distance: jax.Array, kept: jax.Array) -> jax.Array:
+def _integer_masses(distance: jax.Array, kept: jax.Array, ids: jax.Array) -> jax.Array:
     """Probabilities in fixed point: int32[R, V] whose rows sum to at most about 2**30.
 
     Integers add up to the same sum in any order, so that a threshold depends on neither batch, padding nor sharding.
     The scale is a power of two for the same reason: the float sum of which it is taken may differ in its last bit.
+    Rounding is up or down by a low-discrepancy sequence over the ids (multiples of the golden ratio), so that the
+    errors of many faint tokens cancel instead of adding up.
     """
     mass = jnp.where(kept, jnp.exp(-distance), 0)
     _, exponent = jnp.frexp(jnp.sum(mass, axis=1, keepdims=True))
-    return (mass * jnp.exp2((_MASS_BITS - exponent).astype(jnp.float32)) + np.float32(0.5)).astype(jnp.int32)
+    dither = ((ids.astype(jnp.uint32) * np.uint32(0x9E3779B9)) >> 8).astype(jnp.float32) * np.float32(2**-24)
+    return (mass * jnp.exp2((_MASS_BITS - exponent).astype(jnp.float32)) + dither).astype(jnp.int32)
 
 
-def kept_tokens(distance: jax.Array, active: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array):
+def kept_tokens(
+    distance: jax.Array, ids: jax.Array, active: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> jax.Array:
     """Which tokens min_p, top_k and top_p leave, in that order, each on what the one before left (as in vLLM).
 
     top_k keeps the k nearest tokens, top_p the smallest nearest set that reaches top_p of the mass left so far. All
     tokens that tie with the last one kept are kept too, so the set does not depend on the order of token ids. Masses
-    are exact to V * 2**-31.
+    are exact to about 10**-7, as good as float32 probabilities are.
 
     Args:
       distance: float32[R, V], (largest logit - logit) / temperature: at least 0, infinity for forbidden tokens.
+      ids: int32[V], the columns' global ids.
       active: bool[R]; other rows keep everything.
       top_k: int32[R]; below 1 or from V on: disabled.
       top_p: float32[R]; from 1 on: disabled.
@@ -81,7 +87,7 @@ def kept_tokens(distance: jax.Array, active: jax.Array, top_k: jax.Array, top_p:
     by_mass = active & (top_p < 1)
 
     def nucleus(threshold: jax.Array) -> jax.Array:
-        mass = _integer_masses(distance, key <= threshold[:, None])
+        mass = _integer_masses(distance, key <= threshold[:, None], ids)
         total = jnp.sum(mass, axis=1)
         target = jnp.ceil(total.astype(jnp.float32) * top_p).astype(jnp.int32)
         target = jnp.clip(target, 1, jnp.maximum(total, 1))

@@ -71,14 +71,14 @@ def _random_scores(
     greedy = rows.temperature <= 0
     # Distances from the largest logit cannot overflow to NaN under a tiny temperature, as the logits themselves could.
     distance = (largest[:, None] - logits) / jnp.where(greedy, 1, rows.temperature)[:, None]
-    columns = vocab_offset + jnp.arange(logits.shape[1], dtype=jnp.int32)
-    noise = gumbel(rows.seed, rows.position, columns, Purpose.SAMPLE)
+    ids = vocab_offset + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    noise = gumbel(rows.seed, rows.position, ids, Purpose.SAMPLE)
     scores = jnp.where(greedy[:, None], 0, noise) - distance
     if not variant.filters:
         return scores
     # A row without finite logits must not keep the others' bisection busy.
     active = ~greedy & jnp.isfinite(largest)
-    return jnp.where(kept_tokens(distance, active, rows.top_k, rows.top_p, rows.min_p), scores, -jnp.inf)
+    return jnp.where(kept_tokens(distance, ids, active, rows.top_k, rows.top_p, rows.min_p), scores, -jnp.inf)
 
 
 def sample(

@@ -84,7 +84,7 @@ class SlotParams:
 
     def take(self, slots: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """int32[R, NUM_COLUMNS]: the rows of these slots at these positions; zeros (padding) for negative slots."""
-        slots = np.asarray(slots)
+        slots = np.asarray(slots, np.intp)
         rows = self._rows[slots]
         rows["position"] = positions
         rows[slots < 0] = np.zeros((), _ROW)
