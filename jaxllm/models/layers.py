@@ -1,9 +1,10 @@
 """The pieces that families are built from. Parameters are abstract (ShapeDtypeStruct) until a loader fills them.
 
 Each parameter says in its metadata where it comes from and how it may be sharded:
-  sources: names in a Hugging Face checkpoint, relative to the parent of the module, joined along the last axis;
-    absent where the parameter's own path is its name.
+  sources: (name, width) of the tensors of a Hugging Face checkpoint that are joined along the last axis; names are
+    relative to the parent of the module. Absent where the parameter's own path is its name.
   transpose: the checkpoint holds it as [out, in].
+  init: "zeros" or "ones" where dummy weights are not random.
   axes: logical axis names, one a dimension (see `sharding`).
 """
 
@@ -45,12 +46,14 @@ class Linear(nnx.Module):
         source: str | None = None,
     ):
         self.slices = tuple(slices.values())
-        names = (source,) if source else tuple(slices)
         shape = (in_features, sum(self.slices))
-        sources = tuple(f"{name}.weight" for name in names)
-        self.kernel = parameter(shape, dtype, axes, sources=sources, transpose=True)
-        bias_sources = tuple(f"{name}.bias" for name in names)
-        self.bias = parameter(shape[1:], dtype, axes[1:], sources=bias_sources) if bias else None
+        stored = {source: shape[1]} if source else slices
+
+        def sources(kind: str) -> tuple[tuple[str, int], ...]:
+            return tuple((f"{name}.{kind}", width) for name, width in stored.items())
+
+        self.kernel = parameter(shape, dtype, axes, sources=sources("weight"), transpose=True)
+        self.bias = parameter(shape[1:], dtype, axes[1:], sources=sources("bias")) if bias else None
 
 
 def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata) -> jax.Array:

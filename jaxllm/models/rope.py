@@ -29,9 +29,7 @@ class Rope:
     scale: float = 1.0
 
     @classmethod
-    def from_hf(
-        cls, hf: Mapping[str, Any], head_dim: int, max_position: int, *, theta: float | None = None
-    ) -> "Rope":
+    def from_hf(cls, hf: Mapping[str, Any], head_dim: int, max_position: int, *, theta: float | None = None) -> "Rope":
         """Reads rope_theta, partial_rotary_factor and rope_scaling (or transformers 5's rope_parameters).
 
         Raises UnsupportedModelError for a rope_type other than default, linear, llama3 and longrope.
