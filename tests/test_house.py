@@ -176,6 +176,11 @@ def test_every_extra_is_locked():
     assert set(pyproject()["project"]["optional-dependencies"]) == set(EXTRAS)
 
 
+def test_the_default_models_package_is_pinned_once():
+    pin = (ROOT / "requirements" / "model.txt").read_text().strip()
+    assert f'"{pin}"' in (ROOT / "jaxllm" / "checkpoint" / "resolve.py").read_text()
+
+
 # --- what is committed -----------------------------------------------------------------------------------------------
 
 
