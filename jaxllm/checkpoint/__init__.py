@@ -21,6 +21,9 @@ def open_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
       UnsupportedModelError: a format, architecture or tensor type that jaxllm does not read.
     """
     path = resolve(model, revision)
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = list(path.glob("*.gguf"))
+        path = files[0] if len(files) == 1 else path
     if path.is_dir():
         from jaxllm.checkpoint.safetensors_source import SafetensorsCheckpoint
 

@@ -4,16 +4,14 @@ The keys are those of llama.cpp (`gguf-py/gguf/constants.py`, `convert_hf_to_ggu
 llama.cpp itself assumes, named where it is used.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from jaxllm.checkpoint.gguf_fields import Fields
 from jaxllm.checkpoint.gguf_format import GgufFile
 from jaxllm.checkpoint.gguf_rope import rope_scaling
 from jaxllm.errors import CheckpointError, UnsupportedModelError
-
-Getter = Callable[..., Any]
 
 # GGUF architecture -> (model_type, class name in config.json)
 ARCHITECTURES = {
@@ -31,11 +29,6 @@ _END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|en
 _CONTROL = 3
 
 
-def plain(value: Any) -> Any:
-    """Floats by their shortest decimal: 9.999999747378752e-06 of a float32 field is 1e-05 in config.json."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
 def architecture(file: GgufFile) -> str:
     """The file's architecture.
 
@@ -50,7 +43,7 @@ def architecture(file: GgufFile) -> str:
         raise UnsupportedModelError(
             f"{file.path}: architecture {name!r}; jaxllm reads GGUF files of {', '.join(ARCHITECTURES)}"
         )
-    if file.metadata.get(f"{name}.expert_count"):
+    if Fields(file, name).number("expert_count"):
         raise UnsupportedModelError(f"{file.path}: {name} with experts; jaxllm reads dense GGUF models only")
     return name
 
@@ -64,59 +57,53 @@ def make_config(file: GgufFile) -> dict[str, Any]:
     """
     arch = architecture(file)
     model_type, class_name = ARCHITECTURES[arch]
-    metadata = file.metadata
-
-    def get(key: str, default: Any = None) -> Any:
-        return plain(metadata.get(f"{arch}.{key}", default))
-
-    def integer(key: str, default: int | None = None) -> int:
-        value = get(key, default)
-        if not isinstance(value, int) or value <= 0:
-            raise CheckpointError(f"{file.path}: {arch}.{key}={value!r}: must be a positive integer")
-        return value
-
+    fields = Fields(file, arch)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing or no matrix")
-    num_layers, heads = integer("block_count"), integer("attention.head_count")
-    hidden = integer("embedding_length")
-    head_dim = integer("attention.key_length", get("rope.dimension_count") if arch == "llama" else hidden // heads)
+    num_layers, heads = fields.integer("block_count"), fields.integer("attention.head_count")
+    if num_layers > (most := len(file.tensors)):
+        raise CheckpointError(f"{file.path}: {arch}.block_count={num_layers} exceeds the file's {most} tensors")
+    hidden = fields.integer("embedding_length")
+    # rope.dimension_count may be a part of the head in other architectures
+    rotated = fields.number("rope.dimension_count") if arch == "llama" else None
+    head_dim = fields.integer("attention.key_length", rotated or hidden // heads)
     config: dict[str, Any] = {
         "architectures": [class_name],
         "model_type": model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": integer("feed_forward_length"),
+        "intermediate_size": fields.integer("feed_forward_length"),
         "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": integer("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": integer("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": rope_scaling(file, arch, head_dim),
+        "max_position_embeddings": fields.integer("context_length"),
+        "rms_norm_eps": fields.positive("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": fields.positive("rope.freq_base", 10000.0),
+        "rope_scaling": rope_scaling(file, fields, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         # quantized files do not say what they were made from; nearly all such models were published in bfloat16
         "torch_dtype": {"F32": "float32", "F16": "float16"}.get(embedding.type_name, "bfloat16"),
     }
-    _ADAPT[arch](config, get, file)
+    _ADAPT[arch](config, fields, file)
     config.update(_token_ids(file))
     return config
 
 
-def _llama(config: dict[str, Any], get: Getter, file: GgufFile) -> None:
+def _llama(config: dict[str, Any], fields: Fields, file: GgufFile) -> None:
     config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    if window := get("attention.sliding_window"):
+    if window := fields.number("attention.sliding_window"):
         config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
 
 
-def _qwen(config: dict[str, Any], get: Getter, file: GgufFile) -> None:
+def _qwen(config: dict[str, Any], fields: Fields, file: GgufFile) -> None:
     config.update(use_sliding_window=False, sliding_window=None)
 
 
-def _gemma(config: dict[str, Any], get: Getter, file: GgufFile) -> None:
+def _gemma(config: dict[str, Any], fields: Fields, file: GgufFile) -> None:
     arch = architecture(file)
     num_layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     wide = num_layers == _WIDE_SCALE_LAYERS[arch]
@@ -125,22 +112,22 @@ def _gemma(config: dict[str, Any], get: Getter, file: GgufFile) -> None:
     config.update(
         hidden_activation="gelu_pytorch_tanh",
         query_pre_attn_scalar=config["hidden_size"] // heads if wide else config["head_dim"],
-        sliding_window=get("attention.sliding_window", 4096 if arch == "gemma2" else 1024),
+        sliding_window=fields.integer("attention.sliding_window", 4096 if arch == "gemma2" else 1024),
         layer_types=["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)],
-        attn_logit_softcapping=get("attn_logit_softcapping", 50.0 if arch == "gemma2" else None),
-        final_logit_softcapping=get("final_logit_softcapping", 30.0 if arch == "gemma2" else None),
+        attn_logit_softcapping=fields.number("attn_logit_softcapping", 50.0 if arch == "gemma2" else None),
+        final_logit_softcapping=fields.number("final_logit_softcapping", 30.0 if arch == "gemma2" else None),
     )
     if arch == "gemma3":
-        config["rope_theta"] = get("rope.freq_base", 1000000.0)
-        config["rope_local_base_freq"] = get("rope.freq_base_swa", 10000.0)
+        config["rope_theta"] = fields.positive("rope.freq_base", 1000000.0)
+        config["rope_local_base_freq"] = fields.positive("rope.freq_base_swa", 10000.0)
 
 
-def _phi3(config: dict[str, Any], get: Getter, file: GgufFile) -> None:
-    config["sliding_window"] = get("attention.sliding_window") or None
-    config["original_max_position_embeddings"] = get(
+def _phi3(config: dict[str, Any], fields: Fields, file: GgufFile) -> None:
+    config["sliding_window"] = fields.number("attention.sliding_window") or None
+    config["original_max_position_embeddings"] = fields.integer(
         "rope.scaling.original_context_length", config["max_position_embeddings"]
     )
-    rotated = get("rope.dimension_count", config["head_dim"])
+    rotated = fields.integer("rope.dimension_count", config["head_dim"])
     if rotated != config["head_dim"]:
         config["partial_rotary_factor"] = rotated / config["head_dim"]
 
@@ -148,10 +135,14 @@ def _phi3(config: dict[str, Any], get: Getter, file: GgufFile) -> None:
 _ADAPT = {"llama": _llama, "qwen2": _qwen, "qwen3": _qwen, "gemma2": _gemma, "gemma3": _gemma, "phi3": _phi3}
 
 
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _token_ids(file: GgufFile) -> dict[str, Any]:
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     ids = {field: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for field, name in names.items()}
-    return {field: value for field, value in ids.items() if isinstance(value, int)}
+    return {field: value for field, value in ids.items() if _is_token(value)}
 
 
 def make_generation_config(file: GgufFile) -> dict[str, Any]:
@@ -162,19 +153,18 @@ def make_generation_config(file: GgufFile) -> dict[str, Any]:
     """
     metadata = file.metadata
     config = _token_ids(file)
-    ends = [config["eos_token_id"]] if "eos_token_id" in config else []
-    ends += [metadata[key] for key in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id") if key in metadata]
-    template = metadata.get("tokenizer.chat_template", "")
-    tokens, kinds = metadata.get("tokenizer.ggml.tokens", []), metadata.get("tokenizer.ggml.token_type", ())
-    for text in _END_OF_TURN:
-        if isinstance(template, str) and text in template and text in tokens:
-            token = tokens.index(text)
-            ends += [token] if token < len(kinds) and kinds[token] == _CONTROL else []
+    listed = [config.get("eos_token_id"), *(metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))]
+    ends = [token for token in listed if _is_token(token)]
+    template, tokens = metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.ggml.tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if isinstance(template, str) and isinstance(tokens, list) and isinstance(kinds, np.ndarray):
+        found = [tokens.index(text) for text in _END_OF_TURN if text in template and text in tokens]
+        ends += [token for token in found if token < len(kinds) and kinds[token] == _CONTROL]
     ends = list(dict.fromkeys(ends))
     if ends:
         config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    sampling = Fields(file, "general.sampling")
     for field, key in {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}.items():
-        value = metadata.get(f"general.sampling.{key}")
-        if isinstance(value, (int, float)):
-            config[field] = plain(value)
+        if (value := sampling.number(key)) is not None:
+            config[field] = value
     return config

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.checkpoint.gguf_fields import Fields
 from jaxllm.checkpoint.gguf_format import GgufFile
 from jaxllm.errors import CheckpointError, UnsupportedModelError
 
@@ -57,14 +58,13 @@ def _fit_llama3(factors: np.ndarray, dim: int, theta: float) -> dict[str, Any] |
     return None
 
 
-def rope_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any] | None:
+def rope_scaling(file: GgufFile, fields: Fields, head_dim: int) -> dict[str, Any] | None:
     """The `rope_scaling` entry: llama3 (recovered from the stored factors), longrope, linear, yarn or None.
 
     Raises:
       CheckpointError: stored factors are malformed.
       UnsupportedModelError: the factors follow no known rule, or the file names another type.
     """
-    metadata = file.metadata
     short, long = _factors(file, "rope_factors_short.weight"), _factors(file, "rope_factors_long.weight")
     if short is not None and long is not None:
         scaling: dict[str, Any] = {
@@ -72,26 +72,22 @@ def rope_scaling(file: GgufFile, arch: str, head_dim: int) -> dict[str, Any] | N
             "short_factor": short.tolist(),
             "long_factor": long.tolist(),
         }
-        if attention := metadata.get(f"{arch}.rope.scaling.attn_factor"):
-            scaling["attention_factor"] = float(str(np.float32(attention)))
+        if attention := fields.number("rope.scaling.attn_factor"):
+            scaling["attention_factor"] = attention
         return scaling
     factors = _factors(file, "rope_freqs.weight")
     if factors is not None and not np.allclose(factors, 1):
-        dim = metadata.get(f"{arch}.rope.dimension_count", head_dim)
-        theta = float(metadata.get(f"{arch}.rope.freq_base", 10000.0))
+        dim, theta = fields.integer("rope.dimension_count", head_dim), fields.positive("rope.freq_base", 10000.0)
         fitted = _fit_llama3(factors, dim, theta) if len(factors) == dim // 2 else None
         if fitted is None:
             raise UnsupportedModelError(f"{file.path}: rope_freqs.weight follows no rule that jaxllm knows (llama3)")
         return fitted
-    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
+    kind = fields.text("rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise UnsupportedModelError(f"{file.path}: {arch}.rope.scaling.type={kind!r}; jaxllm reads linear and yarn")
-    factor = metadata.get(f"{arch}.rope.scaling.factor")
-    if not isinstance(factor, float) or not 0 < factor < math.inf:
-        raise CheckpointError(f"{file.path}: {arch}.rope.scaling.factor={factor!r}: must be a positive number")
-    result: dict[str, Any] = {"rope_type": kind, "factor": float(str(np.float32(factor)))}
-    if original := metadata.get(f"{arch}.rope.scaling.original_context_length"):
+        raise UnsupportedModelError(f"{file.path}: rope.scaling.type={kind!r}; jaxllm reads linear and yarn")
+    result: dict[str, Any] = {"rope_type": kind, "factor": fields.positive("rope.scaling.factor")}
+    if original := fields.number("rope.scaling.original_context_length"):
         result["original_max_position_embeddings"] = original
     return result

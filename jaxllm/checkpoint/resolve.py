@@ -48,6 +48,8 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
       UnsupportedModelError: a file in a format that can carry code (pickle), refused by its name.
     """
     name = os.fspath(model)
+    if not name:
+        raise ModelNotFoundError("model='': no such file or directory")
     path = Path(name).expanduser()
     if name == DEFAULT_MODEL:
         return default_model_path()

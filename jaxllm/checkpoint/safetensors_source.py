@@ -101,7 +101,7 @@ class SafetensorsFile:
             whole = False
         if not whole:
             raise CheckpointError(f"{self.path}: corrupt: entry of tensor {name!r}: {str(entry)[:200]}")
-        if dtype_name not in _DTYPES:
+        if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensor {name!r} has dtype {dtype_name!r}, which jaxllm does not read")
         dtype = _DTYPES[dtype_name]
         if end - begin != math.prod(shape) * dtype.itemsize:

@@ -8,6 +8,7 @@ in `llama-vocab.cpp`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -42,9 +43,48 @@ _IGNORE_MERGES = (*_LLAMA3_NAMES, "tekken")  # a piece that is a token is taken 
 _NFC = ("qwen2", "deepseek-r1-qwen", "megrez")  # text is composed first
 
 
+def _strings(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A metadata array of strings; empty if absent."""
+    value = metadata.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise CheckpointError(f"{where}: corrupt: {key} is no array of strings")
+    return value
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, where: str, count: int) -> list[float] | None:
+    """A metadata array of `count` finite numbers; None if absent."""
+    value = metadata.get(key)
+    if value is None:
+        return None
+    array = np.asarray(value) if isinstance(value, np.ndarray) or value == [] else np.empty(0, object)
+    if array.dtype.kind not in "iuf" or array.shape != (count,) or not np.all(np.isfinite(array)):
+        raise CheckpointError(f"{where}: corrupt: {key} is no array of {count} numbers")
+    return array.tolist()
+
+
+def _flag(metadata: Mapping[str, Any], name: str, where: str, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{where}: corrupt: tokenizer.ggml.{name} is no boolean")
+    return value
+
+
+def _merges(metadata: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+    """The pairs of tokenizer.ggml.merges, best first; empty if absent."""
+    pairs = []
+    for merge in _strings(metadata, "tokenizer.ggml.merges", where):
+        left, space, right = merge.partition(" ")
+        if not space:
+            raise CheckpointError(f"{where}: corrupt: tokenizer.ggml.merges holds {merge!r}")
+        pairs.append((left, right))
+    return pairs
+
+
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], where: str) -> Backend:
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    if not isinstance(pre, str):
+        raise CheckpointError(f"{where}: corrupt: tokenizer.ggml.pre is no string")
+    merges = _merges(metadata, where)
     try:
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORE_MERGES)
     except Exception as error:  # a merge of tokens that are not in the vocabulary
@@ -75,16 +115,15 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], where: str) 
 def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], where: str, arch: str) -> Backend:
     gemma = arch.startswith("gemma")
     if gemma:  # files write runs of spaces as spaces
-        vocab = {("▁" * len(text) if text and not text.strip(" ") else text): token for text, token in vocab.items()}
-    stored = metadata.get("tokenizer.ggml.merges")
-    if stored is not None:
-        merges = [tuple(merge.split(" ", 1)) for merge in stored]
-    else:
-        scores = metadata.get("tokenizer.ggml.scores")
-        if scores is None or len(scores) != len(vocab):
-            raise CheckpointError(f"{where}: tokenizer.ggml.scores is missing or not as long as the vocabulary")
+        runs = {text: "▁" * len(text) for text in vocab if text and not text.strip(" ")}
+        vocab = {runs[text] if runs.get(text, text) not in vocab else text: token for text, token in vocab.items()}
+    merges = _merges(metadata, where)
+    if not merges:
+        scores = _numbers(metadata, "tokenizer.ggml.scores", where, len(metadata["tokenizer.ggml.tokens"]))
+        if scores is None:
+            raise CheckpointError(f"{where}: tokenizer.ggml.scores is missing")
         # Gemma's scores do not follow the order of its merges; the order of its tokens does
-        ranks = {text: -token if gemma else float(scores[token]) for text, token in vocab.items()}
+        ranks = {text: -token if gemma else scores[token] for text, token in vocab.items()}
         merges = derive_merges(vocab, ranks)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -95,7 +134,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], where: st
         raise CheckpointError(f"{where}: corrupt: tokenizer.ggml.merges: {error}") from error
     backend = Backend(model)
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", not gemma):
+    if _flag(metadata, "add_space_prefix", where, not gemma):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         steps.append(decoders.Strip(" ", 1, 0))
     else:
@@ -104,7 +143,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], where: st
     return backend
 
 
-def _added(tokens: Sequence[str], kinds: Sequence[int]) -> list[AddedToken]:
+def _added(tokens: Sequence[str], kinds: Sequence[float]) -> list[AddedToken]:
     return [
         AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
         for text, kind in zip(tokens, kinds, strict=True)
@@ -125,17 +164,17 @@ def from_gguf(metadata: Mapping[str, Any], where: str, arch: str = "") -> Tokeni
       UnsupportedModelError: a kind of vocabulary or of cut that jaxllm does not build.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if kind is None or not isinstance(tokens, list) or not tokens:
+    tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
+    if kind is None or not tokens:
         raise CheckpointError(f"{where}: the file holds no tokenizer (tokenizer.ggml.model and tokens)")
-    if kind not in ("gpt2", "llama"):
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(f"{where}: tokenizer.ggml.model={kind!r}; jaxllm builds 'gpt2' and 'llama'")
     vocab = {text: token for token, text in enumerate(tokens)}
-    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if len(vocab) != len(tokens) or len(kinds) != len(tokens):
-        raise CheckpointError(f"{where}: corrupt: {len(tokens)} tokens, {len(vocab)} distinct, {len(kinds)} types")
+    kinds = _numbers(metadata, "tokenizer.ggml.token_type", where, len(tokens)) or [1] * len(tokens)
+    if len(vocab) != len(tokens):
+        raise CheckpointError(f"{where}: corrupt: {len(tokens)} tokens, of which {len(vocab)} are distinct")
     backend = _byte_level(metadata, vocab, where) if kind == "gpt2" else _sentencepiece(metadata, vocab, where, arch)
-    backend.add_tokens(_added(tokens, [int(k) for k in kinds]))
+    backend.add_tokens(_added(tokens, kinds))
 
     def token_text(role: str) -> str | None:
         token = metadata.get(f"tokenizer.ggml.{role}_token_id")
@@ -145,8 +184,8 @@ def from_gguf(metadata: Mapping[str, Any], where: str, arch: str = "") -> Tokeni
     special_tokens = {name: text for name, role in roles.items() if (text := token_text(role)) is not None}
     # llama.cpp puts a beginning before SentencePiece and Llama 3 texts unless the file says otherwise
     default_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
-    bos = special_tokens.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", default_bos) else None
-    eos = special_tokens.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    bos = special_tokens.get("bos_token") if _flag(metadata, "add_bos_token", where, default_bos) else None
+    eos = special_tokens.get("eos_token") if _flag(metadata, "add_eos_token", where, False) else None
     add_sequence_tokens(backend, bos, eos)
     templates = {"default": text} if isinstance(text := metadata.get("tokenizer.chat_template"), str) else {}
     for key, text in metadata.items():
