@@ -20,8 +20,8 @@ PACKAGES = ("jaxllm", "pallas_kernels", "sharding")
 # Read from the bottom: imports point downward only.
 _FLOOR = {"pallas_kernels", "sharding", "errors", "config"}
 _HOST = _FLOOR | {"core", "text", "checkpoint"}
-_ENGINE = _HOST | {"models", "engine"}
-_DOORS = _ENGINE | {"llm", "async_llm", "jaxllm"}
+_FRONT = _HOST | {"engine", "frontend"}
+_DOORS = _FRONT | {"models", "llm", "async_llm", "jaxllm"}
 MAY_IMPORT: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "sharding": set(),
@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "config", "core", "text"},
     "models": _HOST,
     "engine": _HOST | {"models"},
-    "async_llm": _ENGINE,
-    "llm": _ENGINE | {"async_llm"},
+    "frontend": _HOST | {"engine"},
+    "async_llm": _FRONT,
+    "llm": _FRONT | {"async_llm"},
     "jaxllm": _DOORS,
     "serving": _DOORS,
     "ray": _DOORS,
