@@ -26,16 +26,15 @@ def _occurrences(
 
 
 def _penalize(logits: jax.Array, history: jax.Array, rows: RowParams, offset: jax.Array | int) -> jax.Array:
-    asked = rows.uses(Uses.PENALTIES)
-    in_prompt, in_output = _occurrences(history, rows, asked, logits.shape[1], offset)
+    # A row that does not ask has counted nothing, so its logits stay as they are.
+    in_prompt, in_output = _occurrences(history, rows, rows.uses(Uses.PENALTIES), logits.shape[1], offset)
     repetition = rows.repetition[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     # A repetition penalty near 0 or infinity must not turn a finite logit into an infinity.
     repeated = jnp.where(jnp.isfinite(logits), jnp.clip(repeated, -_LARGEST, _LARGEST), logits)
     penalized = jnp.where((in_prompt + in_output) > 0, repeated, logits)
     penalized -= rows.frequency[:, None] * in_output.astype(jnp.float32)
-    penalized -= jnp.where(in_output > 0, rows.presence[:, None], 0)
-    return jnp.where(asked[:, None], penalized, logits)
+    return penalized - jnp.where(in_output > 0, rows.presence[:, None], 0)
 
 
 def _forbid_completions(

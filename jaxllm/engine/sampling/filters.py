@@ -60,8 +60,8 @@ def kept_tokens(
     """Which tokens min_p, top_k and top_p leave, in that order, each on what the one before left (as in vLLM).
 
     top_k keeps the k nearest tokens, top_p the smallest nearest set that reaches top_p of the mass left so far. All
-    tokens that tie with the last one kept are kept too, so the set does not depend on the order of token ids. Masses
-    are exact to about 10**-7, as good as float32 probabilities are.
+    tokens that tie with the last one kept (equal distances) are kept too: the order of token ids plays no part.
+    Masses are exact to about 10**-7, as good as float32 probabilities are.
 
     Args:
       distance: float32[R, V], (largest logit - logit) / temperature: at least 0, infinity for forbidden tokens.

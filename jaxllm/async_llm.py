@@ -1,0 +1,247 @@
+"""Online generation: `AsyncLLM` streams many requests at once from one event loop."""
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from jaxllm.config import config_from
+from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.engine.messages import Finish, StepOutputs, Utility, UtilityResult
+from jaxllm.errors import EngineDeadError, JaxllmError
+from jaxllm.frontend.collector import RequestCollector
+from jaxllm.frontend.engine import FrontEngine, Message, start_engine
+from jaxllm.frontend.inputs import Prompt
+from jaxllm.frontend.outputs import CompletionOutput, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+
+class _Live:
+    """A request whose output somebody waits for.
+
+    A slow reader does not make the engine wait nor its memory grow: what it has not read yet is merged into one delta
+    for each sample.
+    """
+
+    def __init__(self, collector: RequestCollector):
+        self.collector = collector
+        self.news = asyncio.Event()
+        self.unread: dict[int, CompletionOutput] = {}
+        self.error: JaxllmError | None = None
+
+    def put(self, delta: CompletionOutput) -> None:
+        """Adds what is new of one sample."""
+        waiting = self.unread.get(delta.index)
+        if waiting is None:
+            self.unread[delta.index] = delta
+        else:
+            _merge(waiting, delta)
+        self.news.set()
+
+    def fail(self, error: JaxllmError) -> None:
+        """Ends the wait with an error."""
+        self.error = error
+        self.news.set()
+
+
+def _merge(first: CompletionOutput, second: CompletionOutput) -> None:
+    first.text += second.text
+    first.token_ids = first.token_ids + second.token_ids
+    first.finish_reason, first.stop_reason = second.finish_reason, second.stop_reason
+    if second.logprobs is not None:
+        first.logprobs = (first.logprobs or []) + second.logprobs
+        first.cumulative_logprob = (first.cumulative_logprob or 0.0) + (second.cumulative_logprob or 0.0)
+
+
+class AsyncLLM:
+    """A model served to coroutines of one event loop, the one that is running when it is made.
+
+    Args:
+      model, options: as in `LLM`; by default the engine core runs in a process of its own.
+      max_concurrent_requests: `generate` waits (back-pressure) while so many requests are under way.
+    """
+
+    def __init__(self, model: str = "smollm2", *, max_concurrent_requests: int = 1024, **options: Any):
+        options.setdefault("engine_process", True)
+        self._loop = asyncio.get_running_loop()
+        self._engine: FrontEngine = start_engine(config_from(str(model), options))
+        self._client, self.builder = self._engine.client, self._engine.builder
+        self._live: dict[str, _Live] = {}  # by sequence id
+        self._requests: dict[str, RequestCollector] = {}  # by request id
+        self._slots = asyncio.Semaphore(max_concurrent_requests)
+        self._utilities: dict[int, asyncio.Future] = {}
+        self._calls = itertools.count()
+        self._dead: JaxllmError | None = None
+        self._pump = threading.Thread(target=self._receive_forever, name="engine", daemon=True)
+        self._pump.start()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one request, prompt and output."""
+        return self.builder.limits.max_model_len
+
+    def get_tokenizer(self):
+        """The model's tokenizer. Raises InvalidRequestError if it has none."""
+        return self._engine.tokenizer
+
+    def chat_prompt(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """The token ids of a conversation; options as in `LLM.chat`."""
+        return self._engine.chat_prompt(messages, **options)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
+    ) -> AsyncIterator[CompletionOutput]:
+        """Completes one prompt; yields deltas (`index` tells which of n samples). Leaving early aborts the request.
+
+        Raises:
+          InvalidRequestError: before any work, naming the field.
+          QueueFullError: too much waits already.
+          EngineDeadError: the engine has ended.
+        """
+        prepared = self.builder.build(
+            prompt,
+            sampling_params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            output_token_ids=output_token_ids,
+        )
+        async with self._slots:
+            if self._dead is not None:
+                raise self._dead
+            collector = RequestCollector(prepared, self.builder.tokenizer)
+            live = _Live(collector)
+            self._requests[prepared.request_id] = collector
+            try:
+                for sequence in prepared.sequences:
+                    self._live[sequence.id] = live
+                    self._client.send(sequence)
+                async for delta in self._read(live):
+                    yield delta
+            finally:
+                del self._requests[prepared.request_id]
+                self._withdraw(collector)
+
+    async def _read(self, live: _Live) -> AsyncIterator[CompletionOutput]:
+        while True:
+            await live.news.wait()
+            live.news.clear()
+            deltas, live.unread = list(live.unread.values()), {}
+            for delta in deltas:
+                if live.collector.error is None and (delta.text or delta.token_ids or delta.finished):
+                    yield delta
+            error = live.error or live.collector.error
+            if error is not None:
+                raise error
+            if live.collector.output.finished and not live.unread:
+                return
+
+    async def complete(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+        """`generate`, read to its end: the whole output."""
+        prepared_id = options.setdefault("request_id", f"complete-{next(self._calls)}")
+        collector: RequestCollector | None = None
+        async for _ in self.generate(prompt, sampling_params, **options):
+            collector = collector or self._requests[prepared_id]
+        assert collector is not None, "a request ends with at least one delta"
+        return collector.snapshot()
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request with finish_reason "abort"; unknown ids are ignored."""
+        collector = self._requests.get(request_id)
+        if collector is not None:
+            self._client.send(Finish(collector.sequence_ids))
+
+    async def stats(self) -> dict[str, Any]:
+        """As in `LLM.stats`."""
+        return await self._call("stats")
+
+    async def warm_up(self) -> int:
+        """As in `LLM.warm_up`."""
+        return await self._call("warm_up")
+
+    async def _call(self, name: str) -> Any:
+        if self._dead is not None:
+            raise self._dead
+        call = next(self._calls)
+        future = self._utilities[call] = self._loop.create_future()
+        self._client.send(Utility(call, name))
+        return await future
+
+    def close(self) -> None:
+        """Ends the engine; requests under way raise EngineDeadError."""
+        self._client.close()
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def _withdraw(self, collector: RequestCollector) -> None:
+        ids = [sequence_id for sequence_id in collector.sequence_ids if self._live.pop(sequence_id, None)]
+        if ids and self._dead is None:
+            self._client.send(Finish(ids))
+
+    # The engine's thread
+
+    def _receive_forever(self) -> None:
+        try:
+            while True:
+                messages = self._client.receive(timeout=1.0)
+                if messages:
+                    self._loop.call_soon_threadsafe(self._take, messages)
+        except BaseException as error:
+            death = error if isinstance(error, JaxllmError) else EngineDeadError(f"{type(error).__name__}: {error}")
+            if not isinstance(error, JaxllmError):
+                logger.exception("the engine has failed")
+            try:
+                self._loop.call_soon_threadsafe(self._die, death)
+            except RuntimeError:
+                pass  # the event loop has ended before the engine
+
+    def _take(self, messages: list) -> None:
+        for message in messages:
+            if isinstance(message, StepOutputs):
+                for output in message.outputs:
+                    self._deliver(output)
+            elif isinstance(message, UtilityResult):
+                future = self._utilities.pop(message.call)
+                if message.error is None:
+                    future.set_result(message.value)
+                else:
+                    future.set_exception(RuntimeError(message.error))
+
+    def _deliver(self, output) -> None:
+        live = self._live.get(output.id)
+        if live is None:
+            return
+        delta = live.collector.add(output)
+        if delta is not None:
+            if delta.finished:
+                del self._live[output.id]
+            live.put(delta)
+        if live.collector.to_stop:
+            self._client.send(Finish(live.collector.to_stop, reason="stop"))
+            live.collector.to_stop = []
+
+    def _die(self, error: JaxllmError) -> None:
+        self._dead = error
+        for live in self._live.values():
+            live.fail(error)
+        self._live.clear()
+        for future in self._utilities.values():
+            if not future.done():
+                future.set_exception(error)
+        self._utilities.clear()
+
+

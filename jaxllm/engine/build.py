@@ -1,0 +1,72 @@
+"""From options to a running engine core. The steps that take seconds overlap: imports, compilation, weights."""
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxllm.checkpoint import Checkpoint, open_checkpoint
+from jaxllm.config import EngineConfig
+from jaxllm.engine.compile import Executables, use_compilation_cache
+from jaxllm.engine.core import EngineCore
+from jaxllm.engine.executables import Forward, Lowering, Sample, row_rungs
+from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
+from jaxllm.engine.runner import Runner, layout_of
+from jaxllm.engine.sampling import GREEDY
+from jaxllm.engine.step import StepShape
+from jaxllm.models import loader
+from jaxllm.models.registry import model_class
+from sharding import make_mesh, replicated
+
+logger = logging.getLogger(__name__)
+
+
+def first_keys(plan: EnginePlan, prompt_length: int) -> list[Any]:
+    """What a first request with such a prompt needs: a prefill, a decode and a sampler."""
+    rungs = plan.scheduler.token_rungs
+    prefill = next((rung for rung in rungs if rung >= prompt_length), rungs[-1])
+    return [Forward(prefill), Forward(rungs[0]), Sample(row_rungs(plan.scheduler.max_num_seqs)[0], GREEDY)]
+
+
+def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, everywhere: Any, progress: bool) -> None:
+    def shardings(parameter: nnx.Param) -> Any:
+        return everywhere
+
+    if config.load_format == "dummy":
+        loader.load_dummy(model, seed=config.seed, shardings=shardings)
+        return
+    with loader.progress_bar() if progress else contextlib.nullcontext() as on_progress:
+        loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
+
+
+def build_core(
+    config: EngineConfig, checkpoint: Checkpoint | None = None, *, prompt_length: int = 64, progress: bool = False
+) -> EngineCore:
+    """Opens the model, plans memory, compiles the first executables while the weights load.
+
+    Args:
+      checkpoint: already opened, or None to open `config.model`.
+      prompt_length: the length of the first prompt expected, whose prefill is compiled first.
+      progress: show a progress bar of the weights.
+
+    Raises what `open_checkpoint`, `plan_engine` and the loader raise.
+    """
+    use_compilation_cache(config.cache_directory)
+    checkpoint = checkpoint or open_checkpoint(config.model, config.revision)
+    family = model_class(checkpoint.config)
+    dtype = resolve_dtype(config)
+    model = family(family.parse_config(checkpoint.config), dtype=dtype)
+    plan = plan_engine(config, model)
+    mesh = make_mesh(data=config.data_parallel_size)
+    leaves, treedef = jax.tree.flatten(model)
+    shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)
+    lowering = Lowering(shape, plan, leaves, mesh)
+    executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)))
+    executables.prepare(first_keys(plan, prompt_length))
+    _load(config, model, checkpoint, replicated(mesh), progress)
+    leaves = jax.tree.leaves(model)
+    runner = Runner(plan, shape, mesh, leaves, executables, lowering)
+    return EngineCore(runner, enable_prefix_caching=config.enable_prefix_caching, warm_up=config.warm_up)

@@ -1,0 +1,93 @@
+"""Executables by key, compiled ahead of time in parallel, most needed first, and kept in JAX's persistent cache."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+Key = Hashable
+
+
+def use_compilation_cache(directory: Path) -> None:
+    """Keeps every executable of this process in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Executables:
+    """Compiled functions by key.
+
+    `lower(key)` traces; it and the compilation run on worker threads. XLA compiles without the GIL, tracing holds it.
+    What is asked for first is compiled first.
+
+    Attributes:
+      num_late: compilations that a caller of `get` had to start after `seal`: what serving should never meet.
+    """
+
+    def __init__(self, lower: Callable[[Any], Any], num_threads: int = 2):
+        self._lower = lower
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+        self._futures: dict[Key, Future] = {}
+        self._lock = threading.Lock()
+        self._sealed = False
+        self.num_late = 0
+        self.seconds: dict[Key, float] = {}
+
+    def _compile(self, key: Key) -> Any:
+        begin = time.perf_counter()
+        compiled = self._lower(key).compile()
+        self.seconds[key] = time.perf_counter() - begin
+        logger.debug("compiled %s in %.2f s", key, self.seconds[key])
+        return compiled
+
+    def prepare(self, keys: Iterable[Key]) -> None:
+        """Queues what is not queued yet."""
+        with self._lock:
+            for key in keys:
+                if key not in self._futures:
+                    self._futures[key] = self._pool.submit(self._compile, key)
+
+    def ready(self, key: Key) -> bool:
+        """Whether `get` would return at once."""
+        future = self._futures.get(key)
+        return future is not None and future.done() and future.exception() is None
+
+    def get(self, key: Key) -> Any:
+        """The compiled function, waiting for it or compiling it now. Raises what its compilation raised."""
+        future = self._futures.get(key)
+        if future is None:
+            if self._sealed:
+                self.num_late += 1
+                logger.warning("compiling %s while serving", key)
+            self.prepare([key])
+            future = self._futures[key]
+        return future.result()
+
+    def first_ready(self, keys: list[Key]) -> Key:
+        """The first of `keys` that is ready; if none is, the first of them that is being compiled, or simply the first."""
+        for key in keys:
+            if self.ready(key):
+                return key
+        return next((key for key in keys if key in self._futures), keys[0])
+
+    def wait(self) -> None:
+        """Blocks until everything queued is compiled; raises the first failure."""
+        for future in list(self._futures.values()):
+            future.result()
+
+    def seal(self) -> None:
+        """From now on compilations count as late."""
+        self._sealed = True
+
+    def close(self) -> None:
+        """Drops what has not started; compilations under way end by themselves."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

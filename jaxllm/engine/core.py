@@ -1,0 +1,236 @@
+"""The engine core: schedulers and a runner, folded over steps so that the host never waits for the device's last one.
+
+    pending = launch(schedule()); finish(previous); previous = pending
+"""
+
+import logging
+import time
+from typing import Any
+
+from jaxllm.core.kv_cache import KVCache
+from jaxllm.core.request import FINISH_REASONS, Request, Status
+from jaxllm.core.scheduler import Scheduler, Update
+from jaxllm.engine.executables import warm_up_order
+from jaxllm.engine.messages import (
+    AddRequest,
+    Finish,
+    Logprobs,
+    Ready,
+    SequenceOutput,
+    StepOutputs,
+    ToCore,
+    Utility,
+    UtilityResult,
+)
+from jaxllm.engine.runner import Launched, RowResult, Runner, TokenLogprobs
+from jaxllm.errors import InvalidRequestError, QueueFullError
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Serves messages: `handle` takes one in, `step` runs the engine once and returns what came of it.
+
+    Each data-parallel rank has a scheduler and a cache of its own; all ranks step together.
+    """
+
+    def __init__(self, runner: Runner, *, enable_prefix_caching: bool = True, warm_up: bool = True):
+        self.runner = runner
+        plan = runner.plan
+        self.schedulers = [
+            Scheduler(plan.scheduler, KVCache(plan.groups, enable_prefix_caching)) for _ in range(runner.num_ranks)
+        ]
+        self._rank_of: dict[str, int] = {}
+        self._bad_words: dict[str, list[list[int]]] = {}
+        self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}
+        self._previous: Launched | None = None
+        self._outbox: list[SequenceOutput | UtilityResult] = []
+        self._warm_up = warm_up
+
+    # Messages
+
+    def ready(self) -> Ready:
+        """What clients need to know."""
+        plan = self.runner.plan
+        tokens = min((group.num_pages - 1) * group.page_size for group in plan.groups)
+        return Ready(plan.scheduler.max_model_len, self.runner.vocab_size, plan.scheduler.max_num_seqs, tokens)
+
+    def handle(self, message: ToCore) -> None:
+        """Takes one message in; answers and refusals come with the next `step`."""
+        if isinstance(message, AddRequest):
+            try:
+                self._add(message)
+            except InvalidRequestError as error:
+                refused = (error.field, repr(error.value), error.limit)
+                output = SequenceOutput(message.id, [], finish_reason="error", error=str(error), refused=refused)
+                self._outbox.append(output)
+            except QueueFullError as error:
+                output = SequenceOutput(message.id, [], finish_reason="error", error=str(error), queue_full=True)
+                self._outbox.append(output)
+        elif isinstance(message, Finish):
+            status = Status.STOPPED if message.reason == "stop" else Status.ABORTED
+            for request_id in message.ids:
+                self._finish(request_id, status)
+        else:
+            self._outbox.append(self._call(message))
+
+    def _add(self, message: AddRequest) -> None:
+        request = Request(
+            id=message.id,
+            tokens=message.prompt_token_ids + message.output_token_ids,
+            num_prompt_tokens=len(message.prompt_token_ids),
+            params=message.params,
+            max_tokens=message.max_tokens,
+            stop_token_ids=frozenset(message.stop_token_ids),
+            seed=message.seed,
+            priority=message.priority,
+            arrival=message.arrival,
+            cache_salt=message.cache_salt,
+            adapter=message.adapter,
+            leader=message.leader,
+        )
+        rank = self._choose_rank(message)
+        self.schedulers[rank].add(request)
+        self._rank_of[message.id] = rank
+        if message.bad_words:
+            self._bad_words[message.id] = message.bad_words
+        if message.params.prompt_logprobs is not None:
+            self._prompt_logprobs[message.id] = {}
+
+    def _choose_rank(self, message: AddRequest) -> int:
+        """A follower joins its leader; others go where the fewest tokens wait."""
+        if message.leader in self._rank_of:
+            return self._rank_of[message.leader]
+        loads = [sum(len(r.tokens) for r in scheduler.requests.values()) for scheduler in self.schedulers]
+        return loads.index(min(loads)) if len(loads) > 1 else 0
+
+    def _finish(self, request_id: str, status: Status) -> None:
+        rank = self._rank_of.get(request_id)
+        if rank is None:
+            return
+        update = self.schedulers[rank].finish_request(request_id, status)
+        self._forget(request_id)
+        if update is not None and status is not Status.STOPPED:
+            self._outbox.append(SequenceOutput(request_id, [], finish_reason=FINISH_REASONS[status]))
+
+    def _forget(self, request_id: str) -> None:
+        self._rank_of.pop(request_id, None)
+        self._bad_words.pop(request_id, None)
+        self._prompt_logprobs.pop(request_id, None)
+
+    def _call(self, message: Utility) -> UtilityResult:
+        try:
+            return UtilityResult(message.call, value=getattr(self, f"utility_{message.name}")())
+        except Exception as error:
+            logger.exception("utility %s", message.name)
+            return UtilityResult(message.call, error=f"{type(error).__name__}: {error}")
+
+    # Utilities
+
+    def utility_stats(self) -> dict[str, Any]:
+        """Figures for metrics and tests."""
+        runner, schedulers = self.runner, self.schedulers
+        queried = sum(s.kv_cache.num_queried_tokens for s in schedulers)
+        return {
+            "running": sum(s.num_running for s in schedulers),
+            "waiting": sum(s.num_waiting for s in schedulers),
+            "cache_usage": max(s.kv_cache.usage for s in schedulers),
+            "prefix_queried_tokens": queried,
+            "prefix_hit_tokens": sum(s.kv_cache.num_hit_tokens for s in schedulers),
+            "preemptions": sum(s.num_preemptions for s in schedulers),
+            "steps": runner.num_steps,
+            "scheduled_tokens": runner.num_scheduled_tokens,
+            "padded_tokens": runner.num_padded_tokens,
+            "late_compilations": runner.executables.num_late,
+        }
+
+    def utility_reset_prefix_cache(self) -> None:
+        """Forgets cached prefixes."""
+        for scheduler in self.schedulers:
+            scheduler.kv_cache.reset_prefix_cache()
+
+    def utility_warm_up(self) -> int:
+        """Compiles all that serving may meet and waits for it; how many executables there are."""
+        keys = warm_up_order(self.runner.plan)
+        self.runner.executables.prepare(keys)
+        self.runner.executables.wait()
+        self.runner.executables.seal()
+        return len(keys)
+
+    # Steps
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return bool(self._outbox or self._previous or any(s.has_work for s in self.schedulers))
+
+    def step(self) -> list[StepOutputs | UtilityResult]:
+        """Launches the next step, then reads the one before. May return nothing while the pipeline fills."""
+        now = time.monotonic()
+        batches = [scheduler.schedule(now) for scheduler in self.schedulers]
+        launched = self.runner.launch(batches, self._bad_words) if any(batches) else None
+        if launched is not None and self._warm_up:
+            self._warm_up = False  # after the first step has what it needs
+            self.runner.executables.prepare(warm_up_order(self.runner.plan))
+        previous, self._previous = self._previous, launched
+        if previous is not None:
+            self._read(previous)
+        return self._drain()
+
+    def _read(self, launched: Launched) -> None:
+        results = self.runner.read(launched)
+        for scheduler, batch, rows in zip(self.schedulers, launched.batches, results, strict=True):
+            if batch is None:
+                continue
+            by_id = {}
+            for row, result in zip(batch.rows, rows, strict=True):
+                if not result.finite:
+                    self._fail(row.request.id, scheduler)
+                elif result.logprobs or result.prompt_logprobs:
+                    by_id[row.request.id] = result
+                    self._collect(row.request, result)
+            for update in scheduler.finish(batch, [result.tokens for result in rows]):
+                self._outbox.append(self._output(update, by_id.get(update.request.id)))
+                if update.ended:
+                    self._forget(update.request.id)
+
+    def _fail(self, request_id: str, scheduler: Scheduler) -> None:
+        if scheduler.finish_request(request_id, Status.ERROR) is None:
+            return
+        self._forget(request_id)
+        error = "the logits hold NaN or infinity, or every token is forbidden"
+        self._outbox.append(SequenceOutput(request_id, [], finish_reason="error", error=error))
+
+    def _collect(self, request: Request, result: RowResult) -> None:
+        collected = self._prompt_logprobs.get(request.id)
+        if collected is not None:
+            for position, entry in result.prompt_logprobs:
+                collected[position] = _logprobs(request.tokens[position], entry)
+
+    def _output(self, update: Update, result: RowResult | None) -> SequenceOutput:
+        request = update.request
+        output = SequenceOutput(request.id, update.new_tokens, num_cached_tokens=request.num_cached)
+        if result is not None and result.logprobs:
+            pairs = zip(update.new_tokens, result.logprobs, strict=False)
+            output.logprobs = [_logprobs(token, entry) for token, entry in pairs]
+        collected = self._prompt_logprobs.pop(request.id, None)
+        if collected is not None:
+            output.prompt_logprobs = [collected[position] for position in range(1, request.num_prompt_tokens)]
+        if update.ended:
+            output.finish_reason = FINISH_REASONS[update.status]
+            output.stop_token = request.stop_token
+        return output
+
+    def _drain(self) -> list[StepOutputs | UtilityResult]:
+        outbox, self._outbox = self._outbox, []
+        outputs = [message for message in outbox if isinstance(message, SequenceOutput)]
+        others = [message for message in outbox if isinstance(message, UtilityResult)]
+        return [*others, StepOutputs(outputs)] if outputs else list(others)
+
+    def close(self) -> None:
+        """Stops compiling."""
+        self.runner.executables.close()
+
+
+def _logprobs(token: int, entry: TokenLogprobs) -> Logprobs:
+    return Logprobs(token, entry.logprob, entry.rank, entry.top_ids, entry.top_logprobs)

@@ -1,0 +1,164 @@
+"""Which executables an engine needs, how each is traced, and in which order they are wanted."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.core.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
+from jaxllm.engine.layout import ROW
+from jaxllm.engine.resolve import EnginePlan
+from jaxllm.engine.sampling import VARIANTS, SamplerVariant
+from jaxllm.engine.step import SlotState, StepShape, apply_page_updates, forward, sample_rows, wide_logprobs
+from pallas_kernels.ragged_paged_attention import cache_shape
+from sharding import DATA
+
+WIDE_ROWS = 64  # rows of logits that a wide-logprobs executable holds at a time
+MANY_UPDATES = 1024  # page updates of the executable that takes what a step has no room for
+
+
+class Forward(NamedTuple):
+    """A step's forward pass over a rung of tokens."""
+
+    num_tokens: int
+
+
+class Sample(NamedTuple):
+    """Sampling a rung of rows."""
+
+    num_rows: int
+    variant: SamplerVariant
+
+
+class Upload(NamedTuple):
+    """Writing one slot's row of a table."""
+
+    table: str
+
+
+class UpdatePages(NamedTuple):
+    """Page updates beyond those that travel with a step."""
+
+
+class Wide(NamedTuple):
+    """Logprobs of many alternatives for WIDE_ROWS of `num_hidden` hidden rows; compiled at first use."""
+
+    num_hidden: int
+    k: int
+
+
+def row_rungs(max_num_seqs: int) -> tuple[int, ...]:
+    """Row counts of the sampler: 1, then every fourth power of two up to all slots."""
+    rungs = [1]
+    while rungs[-1] * 8 < max_num_seqs:
+        rungs.append(rungs[-1] * 8)
+    return (*rungs, max_num_seqs) if max_num_seqs > 1 else (1,)
+
+
+class Lowering:
+    """Traces executables from abstract arguments: nothing is allocated, so that it can run while weights load."""
+
+    def __init__(self, shape: StepShape, plan: EnginePlan, leaves: list[jax.ShapeDtypeStruct], mesh: Mesh):
+        self.shape, self.plan, self.mesh = shape, plan, mesh
+        self.ranks = mesh.shape[DATA]
+        self.leaves = [self._array(leaf.shape, leaf.dtype, P()) for leaf in leaves]
+
+    def _array(self, shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def per_rank(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array whose first axis holds each rank's part."""
+        return self._array((self.ranks * shape[0], *shape[1:]), dtype, P(DATA))
+
+    def caches(self) -> list[jax.ShapeDtypeStruct]:
+        """One array a layer."""
+        specs = [cache_shape(self.plan.cache_spec(layer), self.plan.backend) for layer in self.plan.layers]
+        return [self.per_rank(spec.shape, spec.dtype) for spec in specs]
+
+    def state(self) -> SlotState:
+        """The slots' lengths and page tables."""
+        slots = self.plan.scheduler.max_num_seqs
+        width = -(-self.plan.scheduler.max_model_len // self.plan.page_size)
+        tables = tuple(self.per_rank((slots, width), jnp.int32) for _ in self.plan.groups)
+        return SlotState(self.per_rank((slots,), jnp.int32), tables)
+
+    def tables(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The sampler's tables by name, see `SlotTables`."""
+        slots, vocab = self.plan.scheduler.max_num_seqs, self.shape.vocab_size
+        return {
+            "history": self.per_rank((slots, self.plan.scheduler.max_model_len), jnp.int32),
+            "bias": self.per_rank((slots, vocab), jnp.float32),
+            "stop_mask": self.per_rank((slots, vocab), jnp.bool_),
+            "bad_words": self.per_rank((slots, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), jnp.int32),
+        }
+
+    def hidden(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        """Hidden rows of each rank."""
+        return self.per_rank((num_rows, self.hidden_size), self.plan.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.shape.model(self.leaves).config.hidden_size
+
+    def __call__(self, key: Any):
+        """Traces and lowers one executable."""
+        return getattr(self, f"_{type(key).__name__.lower()}")(key)
+
+    def _sharded(self, function, in_specs, out_specs, donate: tuple[int, ...]):
+        """Runs `function` on each rank's own part."""
+        mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(mapped, donate_argnums=donate)
+
+    def _forward(self, key: Forward):
+        packed = self.per_rank((self.shape.layout.fixed + key.num_tokens,), jnp.int32)
+        run = self._sharded(
+            functools.partial(forward, self.shape),
+            (P(), P(DATA), P(DATA), P(DATA), P(DATA)),
+            (P(DATA), P(DATA), P(DATA), P(DATA), P(DATA)),
+            donate=(1, 2),
+        )
+        return run.lower(self.leaves, self.caches(), self.state(), self.tables()["history"], packed)
+
+    def _sample(self, key: Sample):
+        slots, tables = self.plan.scheduler.max_num_seqs, self.tables()
+        history = tables.pop("history")
+        extra = tuple(tables.values()) if key.variant.adjust else None
+        run = self._sharded(
+            functools.partial(sample_rows, self.shape, key.variant, key.num_rows),
+            (P(), P(DATA), P(DATA), P(DATA), P(DATA)),
+            (P(DATA), P(DATA)),
+            donate=(3,),
+        )
+        return run.lower(self.leaves, self.hidden(slots), self.per_rank((slots, ROW), jnp.int32), history, extra)
+
+    def _upload(self, key: Upload):
+        table = self.tables()[key.table]
+        row = self._array(table.shape[1:], table.dtype, P())
+        slot = self._array((), jnp.int32, P())
+        run = jax.jit(lambda t, s, r: t.at[s].set(r), donate_argnums=0, out_shardings=table.sharding)
+        return run.lower(table, slot, row)
+
+    def _updatepages(self, key: UpdatePages):
+        updates = self.per_rank((len(self.plan.groups), MANY_UPDATES, 3), jnp.int32)
+        run = self._sharded(apply_page_updates, (P(DATA), P(DATA)), P(DATA), donate=(0,))
+        return run.lower(self.state().page_tables, updates)
+
+    def _wide(self, key: Wide):
+        rows = self._array((WIDE_ROWS,), jnp.int32, P())
+        run = jax.jit(functools.partial(wide_logprobs, self.shape, key.k))
+        return run.lower(self.leaves, self.hidden(key.num_hidden), rows, rows)
+
+
+def warm_up_order(plan: EnginePlan) -> list[Any]:
+    """Everything that serving may meet but `Wide`, most needed first."""
+    rungs = plan.scheduler.token_rungs
+    rows = row_rungs(plan.scheduler.max_num_seqs)
+    keys: list[Any] = [Forward(rungs[0]), Sample(rows[0], VARIANTS[0])]
+    keys += [Forward(rung) for rung in reversed(rungs)]
+    keys += [Sample(count, variant) for variant in VARIANTS for count in reversed(rows)]
+    keys += [Upload(table) for table in ("history", "bias", "stop_mask", "bad_words")]
+    keys.append(UpdatePages())
+    return list(dict.fromkeys(keys))

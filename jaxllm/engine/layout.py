@@ -1,0 +1,95 @@
+"""How one step's metadata travels: a single int32 array a rank, packed on the host and unpacked on the device.
+
+    [num_rows, num_decodes, num_tokens] [rows: S x ROW] [page updates: G x U x 3] [token ids: T]
+
+The part before the token ids has one size for all steps, so that the sampler does not depend on T.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxllm.core.batch import Batch
+from jaxllm.engine.sampling import NUM_COLUMNS, SlotParams
+
+HEADER = 3
+ROW = 4 + NUM_COLUMNS
+SLOT, START, LENGTH, SAMPLES = range(4)
+
+
+class Unpacked(NamedTuple):
+    """The device's view of `StepLayout.pack`.
+
+    Attributes:
+      num_rows, num_decodes, num_tokens: int32[].
+      rows: int32[S, ROW]: slot, start (-1: the device knows it), length, whether it samples, and the columns of
+        `SlotParams`. Padding rows have a slot past the last.
+      page_updates: int32[G, U, 3]: slot, index, page.
+      token_ids: int32[T], -1 where the device feeds a token it sampled itself.
+    """
+
+    num_rows: jax.Array
+    num_decodes: jax.Array
+    num_tokens: jax.Array
+    rows: jax.Array
+    page_updates: jax.Array
+    token_ids: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLayout:
+    """Sizes of the packed array: S slots, G cache groups, U page updates a group and step."""
+
+    num_slots: int
+    num_groups: int
+    max_updates: int
+
+    @property
+    def fixed(self) -> int:
+        """Words before the token ids."""
+        return HEADER + self.num_slots * ROW + self.num_groups * self.max_updates * 3
+
+    def pack(self, batch: Batch | None, num_tokens: int, params: SlotParams) -> np.ndarray:
+        """int32[fixed + num_tokens] of a batch (None: an idle rank). At most `max_updates` updates a group."""
+        out = np.zeros(self.fixed + num_tokens, np.int32)
+        rows = out[HEADER : HEADER + self.num_slots * ROW].reshape(self.num_slots, ROW)
+        updates = out[HEADER + rows.size : self.fixed].reshape(self.num_groups, self.max_updates, 3)
+        rows[:, SLOT] = updates[:, :, 0] = self.num_slots  # past the last: dropped
+        if batch is None:
+            return out
+        tokens = out[self.fixed :]
+        tokens[: batch.num_tokens] = -1
+        at = num_decodes = 0
+        heads = []
+        for row in batch.rows:
+            known = row.request.tokens
+            start, length = row.start, row.length
+            if start >= len(known):
+                heads.append((row.slot, -1, length, row.samples))
+            else:
+                heads.append((row.slot, start, length, row.samples))
+                part = known[start : start + length]
+                tokens[at : at + len(part)] = part
+            num_decodes += length == 1
+            at += length
+        count = len(heads)
+        out[:HEADER] = count, num_decodes, at
+        rows[:count, :4] = heads
+        ends = [row.start + row.length for row in batch.rows]
+        rows[:count, 4:] = params.take(rows[:count, SLOT], ends)
+        for group, entries in enumerate(batch.page_updates):
+            if entries:
+                updates[group, : len(entries)] = entries
+        return out
+
+    def unpack(self, packed: jax.Array) -> Unpacked:
+        """Inverse of `pack`, on the device."""
+        rows_end = HEADER + self.num_slots * ROW
+        return Unpacked(
+            *packed[:HEADER],
+            rows=packed[HEADER:rows_end].reshape(self.num_slots, ROW),
+            page_updates=packed[rows_end : self.fixed].reshape(self.num_groups, self.max_updates, 3),
+            token_ids=packed[self.fixed :],
+        )

@@ -1,0 +1,48 @@
+"""The engine core as a process: `python -m jaxllm.engine.process FD`, where FD is its end of a socket pair."""
+
+import logging
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.messages import Dead, decode, encode
+
+
+def main() -> None:
+    """Reads an EngineConfig, then messages, until the other side closes the connection."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the connection
+    connection = Connection(int(sys.argv[1]))
+    try:
+        serve(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone or done
+    except Exception as error:
+        traceback.print_exc()
+        connection.send_bytes(encode(Dead(type(error).__name__, str(error))))
+        sys.exit(1)
+
+
+def serve(connection: Connection) -> None:
+    """Builds the core and runs it: all messages that have come, then one step."""
+    config = msgspec.msgpack.decode(connection.recv_bytes(), type=EngineConfig)
+    from jaxllm.engine.build import build_core
+
+    core = build_core(config)
+    connection.send_bytes(encode(core.ready()))
+    try:
+        while True:
+            while connection.poll(0 if core.has_work else None):
+                core.handle(decode(connection.recv_bytes()))
+            for message in core.step():
+                connection.send_bytes(encode(message))
+    finally:
+        core.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What the options left open, decided for a model on a device; and the arithmetic of memory."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import EngineConfig
+from jaxllm.core.kv_cache import CacheGroup
+from jaxllm.core.scheduler import SchedulerConfig
+from jaxllm.errors import ConfigError, OutOfMemoryError
+from jaxllm.models.decoder import CausalLM, LayerCache
+from pallas_kernels.ragged_paged_attention import CacheSpec, cache_shape
+
+logger = logging.getLogger(__name__)
+
+CPU_CACHE_BYTES = 400_000_000
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class EnginePlan:
+    """All sizes of a running engine.
+
+    Attributes:
+      dtype: of weights, activations and cache.
+      backend: the attention backend.
+      scheduler: limits of each rank's scheduler.
+      groups: the cache groups, in the model's order.
+      layers: what each layer keeps, in order.
+      weight_bytes, cache_bytes: a device's share.
+    """
+
+    dtype: jnp.dtype
+    backend: str
+    scheduler: SchedulerConfig
+    groups: tuple[CacheGroup, ...]
+    layers: tuple[LayerCache, ...]
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def page_size(self) -> int:
+        return self.groups[0].page_size
+
+    def cache_spec(self, layer: LayerCache) -> CacheSpec:
+        """The cache of one layer on one rank."""
+        group = self.groups[layer.group]
+        return CacheSpec(group.num_pages, group.page_size, layer.num_kv_heads, layer.head_dim, self.dtype)
+
+
+def resolve_dtype(config: EngineConfig) -> jnp.dtype:
+    """float32 on CPU, where XLA's bfloat16 products are several times slower; bfloat16 elsewhere."""
+    if config.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(DTYPES[config.dtype])
+
+
+def resolve_backend(config: EngineConfig) -> str:
+    """The Hopper kernel where it runs, else plain XLA, said in the log."""
+    if config.attention_backend is not None:
+        return config.attention_backend
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return "xla"
+    capability = str(getattr(device, "compute_capability", "0.0"))
+    if int(capability.split(".")[0]) == 9:
+        return "gpu"
+    logger.warning(
+        "%s (compute capability %s): attention runs through plain XLA, the kernel needs Hopper (9.0)",
+        device.device_kind,
+        capability,
+    )
+    return "xla"
+
+
+def default_rungs(budget: int, max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
+    """Powers of two up to the budget; on accelerators decode sizes in finer steps, since padding costs GEMM time."""
+    rungs = {budget} | {2**i for i in range(budget.bit_length()) if 2**i <= budget}
+    if not on_cpu:
+        rungs -= {2}
+        rungs |= {size for size in (48, 96, 160, 192, 224, 320, 384, 768, 1536, 3072, 6144) if size <= budget}
+    return tuple(sorted(rungs))
+
+
+def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
+    """Decides every size before anything is allocated.
+
+    Raises:
+      ConfigError: options that do not fit the model or each other.
+      OutOfMemoryError: the weights and the smallest useful cache do not fit.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    dtype, backend = resolve_dtype(config), resolve_backend(config)
+    limit = model.config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
+    max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
+    budget = config.max_num_batched_tokens or max(1024 if on_cpu else 8192, max_num_seqs)
+    rungs = config.token_rungs or default_rungs(budget, max_num_seqs, on_cpu)
+
+    layers = model.layer_caches()
+    weight_bytes = sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(model))
+    cache_bytes = config.kv_cache_memory_bytes or (
+        CPU_CACHE_BYTES if on_cpu else _memory_left(config, model, weight_bytes, budget, max_num_seqs, dtype)
+    )
+    groups = _cache_groups(config, layers, dtype, backend, cache_bytes, max_num_seqs, budget, limit)
+    max_model_len = config.max_model_len or _most_that_fits(groups, limit)
+    scheduler = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len,
+        policy=config.scheduling_policy,
+        token_rungs=rungs,
+        weight_bound_tokens=32 if on_cpu else 256,
+        max_waiting_requests=config.max_waiting_requests,
+        max_waiting_tokens=config.max_waiting_tokens,
+    )
+    plan = EnginePlan(dtype, backend, scheduler, groups, layers, weight_bytes, cache_bytes)
+    _check_longest_fits(plan)
+    return plan
+
+
+def _page_bytes(layers: tuple[LayerCache, ...], group: int, page_size: int, dtype, backend: str) -> int:
+    """Bytes of one page in all layers of a group."""
+    total = 0
+    for layer in layers:
+        if layer.group == group:
+            spec = CacheSpec(1, page_size, layer.num_kv_heads, layer.head_dim, dtype)
+            total += cache_shape(spec, backend).size * dtype.itemsize
+    return total
+
+
+def _cache_groups(
+    config: EngineConfig, layers, dtype, backend: str, cache_bytes: int, max_num_seqs: int, budget: int, limit: int
+) -> tuple[CacheGroup, ...]:
+    """Window groups get what all slots can ever use, at most half of the memory together; the full group the rest."""
+    page_size = config.page_size
+    windows: dict[int, int | None] = {layer.group: layer.window for layer in layers}
+    longest = -(-(config.max_model_len or limit) // page_size)
+    pages: dict[int, int] = {}
+    left = cache_bytes
+    num_windows = sum(window is not None for window in windows.values())
+    for group, window in sorted(windows.items(), reverse=True):
+        page_bytes = _page_bytes(layers, group, page_size, dtype, backend)
+        most = max_num_seqs * longest
+        if window is not None:
+            most = min(most, max_num_seqs * (-(-window // page_size) + 1) + -(-budget // page_size))
+        share = left if num_windows == 0 or window is None else cache_bytes // 2 // num_windows
+        if len(windows) == num_windows:
+            share = cache_bytes // num_windows
+        pages[group] = min(most, share // page_bytes) + 1
+        left -= pages[group] * page_bytes
+    return tuple(
+        CacheGroup("full" if windows[g] is None else f"window {windows[g]}", pages[g], page_size, windows[g])
+        for g in sorted(pages)
+    )
+
+
+def _most_that_fits(groups: tuple[CacheGroup, ...], limit: int) -> int:
+    """The longest request that the cache holds, at most the model's limit."""
+    capacity = [(group.num_pages - 1) * group.page_size for group in groups if group.window is None]
+    longest = min([limit, *capacity])
+    if longest < limit:
+        logger.warning("max_model_len is %d, what the cache holds; the model's limit is %d", longest, limit)
+    return longest
+
+
+def _check_longest_fits(plan: EnginePlan) -> None:
+    need = plan.scheduler.max_model_len
+    for group in plan.groups:
+        tokens = (group.num_pages - 1) * group.page_size
+        wanted = need if group.window is None else min(need, group.window + group.page_size)
+        if tokens < wanted or group.num_pages < 2:
+            raise OutOfMemoryError(
+                f"the KV cache of {plan.cache_bytes / 1e6:.0f} MB holds {max(tokens, 0)} tokens in group {group.name!r}; "
+                f"max_model_len={need} needs {wanted}. Raise kv_cache_memory_bytes or lower max_model_len"
+            )
+
+
+def _memory_left(config: EngineConfig, model, weight_bytes: int, budget: int, max_num_seqs: int, dtype) -> int:
+    """An accelerator's memory less weights, the largest step's temporaries and the slots' tables."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if not limit:
+        raise ConfigError("this device does not tell its memory: set kv_cache_memory_bytes")
+    shape = model.config
+    # A step holds a few activations of its widest projections, and float32 logits of all rows with a copy or two.
+    widest = 2 * shape.intermediate_size + 4 * shape.hidden_size
+    temporaries = 2 * budget * widest * dtype.itemsize + 3 * max_num_seqs * shape.vocab_size * 4
+    length = config.max_model_len or shape.max_position_embeddings
+    tables = max_num_seqs * (shape.vocab_size * 5 + length * 4 + 128 * 16 * 4)
+    budgeted = int(limit * config.memory_utilization)
+    left = budgeted - weight_bytes - temporaries - tables
+    if left <= 0:
+        raise OutOfMemoryError(
+            f"{config.memory_utilization:.0%} of {limit / 1e9:.1f} GB is {budgeted / 1e9:.1f} GB; weights take "
+            f"{weight_bytes / 1e9:.1f} GB, a step of {budget} tokens {temporaries / 1e9:.1f} GB, the slots' tables "
+            f"{tables / 1e9:.1f} GB: nothing is left for the KV cache"
+        )
+    return left

@@ -1,0 +1,318 @@
+"""From batches to device arrays and back: owns weights, caches and slots' state, launches steps and reads them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.core.batch import Batch
+from jaxllm.core.request import Request
+from jaxllm.engine.compile import Executables
+from jaxllm.engine.executables import (
+    MANY_UPDATES,
+    WIDE_ROWS,
+    Forward,
+    Lowering,
+    Sample,
+    UpdatePages,
+    Upload,
+    Wide,
+    row_rungs,
+)
+from jaxllm.engine.layout import StepLayout
+from jaxllm.engine.resolve import EnginePlan
+from jaxllm.engine.sampling import (
+    MAX_LOGPROBS,
+    VARIANTS,
+    SlotParams,
+    Uses,
+    bad_words_rows,
+    bias_row,
+    is_wide,
+    needs_tables,
+    stop_mask_row,
+    variant_for,
+)
+from jaxllm.engine.step import OUTPUT_COLUMNS, SlotState, StepShape
+from sharding import replicated, sharded_by_rank
+
+
+@dataclasses.dataclass(slots=True)
+class TokenLogprobs:
+    """One position's logprobs: of its token (with its rank, 1 = most likely), and of the most likely tokens."""
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclasses.dataclass(slots=True)
+class RowResult:
+    """What a step brought for one row.
+
+    Attributes:
+      tokens: the accepted new tokens; empty if the row does not sample.
+      logprobs: one a token, if asked for.
+      prompt_logprobs: (position, logprobs) of prompt tokens, where asked for.
+      finite: False if the row's logits held NaN or infinity, or no token was left to choose.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[tuple[int, TokenLogprobs]]
+    finite: bool
+
+
+@dataclasses.dataclass(slots=True)
+class _WideRead:
+    """Wide logprobs under way: rows' (rank, row, position or None for a sampled token, target or None)."""
+
+    owners: list[tuple[int, int, int | None]]
+    result: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(slots=True)
+class Launched:
+    """A step under way on the device."""
+
+    batches: list[Batch | None]
+    num_tokens: int  # padded
+    output: jax.Array
+    num_rows: int
+    wide: list[_WideRead]
+
+
+class Runner:
+    """One engine's device side. `launch` returns before the device has finished; `read` waits.
+
+    Args:
+      plan: all sizes.
+      shape: what the step's code needs to know.
+      mesh: (data, tensor).
+      leaves: the model's parameters on the mesh.
+      executables: compiled from `lowering`.
+    """
+
+    def __init__(
+        self,
+        plan: EnginePlan,
+        shape: StepShape,
+        mesh: Mesh,
+        leaves: list[jax.Array],
+        executables: Executables,
+        lowering: Lowering,
+    ):
+        self.plan, self.layout, self.leaves, self.executables = plan, shape.layout, leaves, executables
+        self.vocab_size = shape.vocab_size
+        self.num_ranks = lowering.ranks
+        self._by_rank, self._everywhere = sharded_by_rank(mesh), replicated(mesh)
+        self._caches = [_zeros(spec) for spec in lowering.caches()]
+        self._state: SlotState = jax.tree.map(_zeros, lowering.state())
+        tables = lowering.tables()
+        self._history = _zeros(tables.pop("history"))
+        self._table_specs = tables
+        self._tables: dict[str, jax.Array] | None = None
+        self._params = [SlotParams(plan.scheduler.max_num_seqs) for _ in range(self.num_ranks)]
+        self._row_rungs = row_rungs(plan.scheduler.max_num_seqs)
+        self.num_steps = self.num_scheduled_tokens = self.num_padded_tokens = 0
+
+    # Launching
+
+    def launch(self, batches: Sequence[Batch | None], bad_words: dict[str, list[list[int]]]) -> Launched:
+        """Starts one step of all ranks. `bad_words` are the token sequences of the requests that have any, by id."""
+        for rank, batch in enumerate(batches):
+            if batch is not None:
+                self._admit(rank, batch, bad_words)
+        self._send_excess_updates(batches)
+        most_tokens = max(batch.num_tokens for batch in batches if batch is not None)
+        forward = self._forward_key(most_tokens)
+        packed = np.concatenate(
+            [self.layout.pack(batch, forward.num_tokens, self._params[rank]) for rank, batch in enumerate(batches)]
+        )
+        packed = jax.device_put(packed, self._by_rank)
+        run = self.executables.get(forward)
+        self._caches, self._state, rows, last_hidden, hidden = run(
+            self.leaves, self._caches, self._state, self._history, packed
+        )
+        sample = self._sample_key(batches)
+        extra = tuple(self._sampler_tables().values()) if sample.variant.adjust else None
+        self._history, output = self.executables.get(sample)(self.leaves, last_hidden, rows, self._history, extra)
+        output.copy_to_host_async()
+        self.num_steps += 1
+        self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
+        self.num_padded_tokens += forward.num_tokens * self.num_ranks
+        wide = self._launch_wide(batches, last_hidden, hidden, output, sample.num_rows, forward.num_tokens)
+        return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide)
+
+    def _forward_key(self, num_tokens: int) -> Forward:
+        rungs = self.plan.scheduler.token_rungs
+        return self.executables.first_ready([Forward(rung) for rung in rungs if rung >= num_tokens])
+
+    def _sample_key(self, batches: Sequence[Batch | None]) -> Sample:
+        num_rows = max(len(batch.rows) for batch in batches if batch is not None)
+        need = variant_for(row.request.params for batch in batches if batch for row in batch.rows)
+        serving = sorted((v for v in VARIANTS if v.serves(need)), key=lambda variant: variant.cost)
+        counts = [count for count in self._row_rungs if count >= num_rows]
+        return self.executables.first_ready([Sample(count, variant) for variant in serving for count in counts])
+
+    def _admit(self, rank: int, batch: Batch, bad_words: dict[str, list[list[int]]]) -> None:
+        """Writes what the slots of newly admitted requests need."""
+        for index in batch.new_slots:
+            request, slot = batch.rows[index].request, batch.rows[index].slot
+            words = bad_words.get(request.id, [])
+            self._params[rank].set(slot, request, words)
+            uses = needs_tables(request.params, words)
+            at = rank * self.plan.scheduler.max_num_seqs + slot
+            if uses & (Uses.PENALTIES | Uses.BAD_WORDS):
+                row = np.zeros(self.plan.scheduler.max_model_len, np.int32)
+                row[: len(request.tokens)] = request.tokens
+                self._history = self._upload("history", self._history, at, row)
+            for use, table, make in (
+                (Uses.BIAS, "bias", lambda r, w: bias_row(r.params, self.vocab_size, w)),
+                (Uses.STOP_MASK, "stop_mask", lambda r, w: stop_mask_row(r.stop_token_ids, self.vocab_size)),
+                (Uses.BAD_WORDS, "bad_words", lambda r, w: bad_words_rows(w)),
+            ):
+                if uses & use:
+                    tables = self._sampler_tables()
+                    tables[table] = self._upload(table, tables[table], at, make(request, words))
+
+    def _sampler_tables(self) -> dict[str, jax.Array]:
+        """Made when the first request asks: most never do."""
+        if self._tables is None:
+            self._tables = {name: _zeros(spec) for name, spec in self._table_specs.items()}
+        return self._tables
+
+    def _upload(self, name: str, table: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
+        slot_array, row_array = jax.device_put((np.int32(slot), row), self._everywhere)
+        return self.executables.get(Upload(name))(table, slot_array, row_array)
+
+    def _send_excess_updates(self, batches: Sequence[Batch | None]) -> None:
+        """Page updates beyond `layout.max_updates` go ahead of the step, many at a time."""
+        room = self.layout.max_updates
+        while any(len(u) > room for batch in batches if batch for u in batch.page_updates):
+            block = np.zeros((self.num_ranks, self.layout.num_groups, MANY_UPDATES, 3), np.int32)
+            block[..., 0] = self.layout.num_slots
+            for rank, batch in enumerate(batches):
+                for group, updates in enumerate(batch.page_updates if batch else []):
+                    excess = updates[room : room + MANY_UPDATES]
+                    if excess:
+                        block[rank, group, : len(excess)] = excess
+                        del updates[room : room + MANY_UPDATES]
+            block = jax.device_put(block.reshape(-1, MANY_UPDATES, 3), self._by_rank)
+            page_tables = self.executables.get(UpdatePages())(self._state.page_tables, block)
+            self._state = dataclasses.replace(self._state, page_tables=page_tables)
+
+    # Wide logprobs
+
+    def _launch_wide(self, batches, last_hidden, hidden, output, num_rows: int, num_tokens: int) -> list[_WideRead]:
+        """Starts the row-chunked logprobs of the rows that ask for more than the sampler reports."""
+        sampled: dict[int, list[tuple[tuple[int, int, int | None], int]]] = {}
+        prompts: dict[int, list[tuple[tuple[int, int, int | None], int, int]]] = {}
+        for rank, batch in enumerate(batches):
+            at = rank * num_tokens
+            for index, row in enumerate(batch.rows if batch else []):
+                params = row.request.params
+                if row.samples and is_wide(params.logprobs):
+                    owner = (rank, index, None)
+                    sampled.setdefault(self.vocab_size, []).append((owner, rank * num_rows + index))
+                if params.prompt_logprobs is not None:
+                    k = self.vocab_size if is_wide(params.prompt_logprobs) else MAX_LOGPROBS
+                    entries = prompts.setdefault(k, [])
+                    for position in range(row.start + 1, min(row.start + row.length + 1, row.request.num_prompt_tokens)):
+                        source = at + position - 1 - row.start
+                        entries.append(((rank, index, position), source, row.request.tokens[position]))
+                at += row.length
+        reads = []
+        slots = self.plan.scheduler.max_num_seqs
+        for k, chosen in sampled.items():
+            for begin in range(0, len(chosen), WIDE_ROWS):
+                part = chosen[begin : begin + WIDE_ROWS]
+                at_rows = np.asarray([at for _, at in part])
+                # Waits for the step: the price of a rare request, which saves an executable a batch shape.
+                targets = np.asarray(output)[at_rows, 0]
+                hidden_rows = at_rows // num_rows * slots + at_rows % num_rows
+                reads.append(self._wide(k, last_hidden, hidden_rows, targets, [owner for owner, _ in part]))
+        for k, asked in prompts.items():
+            for begin in range(0, len(asked), WIDE_ROWS):
+                part = asked[begin : begin + WIDE_ROWS]
+                sources, targets = np.asarray([p[1] for p in part]), np.asarray([p[2] for p in part])
+                reads.append(self._wide(k, hidden, sources, targets, [p[0] for p in part]))
+        return reads
+
+    def _wide(self, k: int, hidden: jax.Array, index: np.ndarray, targets: np.ndarray, owners) -> _WideRead:
+        def padded(values: np.ndarray) -> np.ndarray:
+            return np.pad(values.astype(np.int32), (0, WIDE_ROWS - len(values)))
+
+        run = self.executables.get(Wide(hidden.shape[0] // self.num_ranks, min(k, self.vocab_size)))
+        index_array, target_array = jax.device_put((padded(index), padded(targets)), self._everywhere)
+        return _WideRead(owners, run(self.leaves, hidden, index_array, target_array))
+
+    # Reading
+
+    def read(self, launched: Launched) -> list[list[RowResult]]:
+        """Waits for a step; results of each rank's rows. Raises what the device raised."""
+        output = np.asarray(launched.output).reshape(self.num_ranks, launched.num_rows, -1)
+        results = []
+        for rank, batch in enumerate(launched.batches):
+            results.append(self._read_rank(output[rank], batch) if batch is not None else [])
+        for wide in launched.wide:
+            logprob, rank_, ids, tops = (np.asarray(array) for array in wide.result)
+            for at, (rank, row, position) in enumerate(wide.owners):
+                batch = launched.batches[rank]
+                assert batch is not None
+                params = batch.rows[row].request.params
+                asked = params.logprobs if position is None else params.prompt_logprobs
+                count = ids.shape[1] if asked in (-1, None) else min(asked, ids.shape[1])
+                entry = TokenLogprobs(
+                    float(logprob[at]), int(rank_[at]), ids[at, :count].tolist(), tops[at, :count].tolist()
+                )
+                if position is None:
+                    results[rank][row].logprobs = [entry]
+                else:
+                    results[rank][row].prompt_logprobs.append((position, entry))
+        return results
+
+    def _read_rank(self, output: np.ndarray, batch: Batch) -> list[RowResult]:
+        columns = output[: len(batch.rows), :OUTPUT_COLUMNS].tolist()
+        floats = output.view(np.float32)
+        width = (output.shape[1] - OUTPUT_COLUMNS) // 2
+        results = []
+        for index, (row, (token, accepted, _, rank, finite)) in enumerate(zip(batch.rows, columns, strict=True)):
+            if not row.samples:
+                results.append(RowResult([], None, [], True))
+                continue
+            logprobs = None
+            asked = row.request.params.logprobs
+            if asked is not None and width and not is_wide(asked):
+                ids = output[index, OUTPUT_COLUMNS : OUTPUT_COLUMNS + min(asked, width)].tolist()
+                start = OUTPUT_COLUMNS + width
+                tops = floats[index, start : start + min(asked, width)].tolist()
+                logprobs = [TokenLogprobs(float(floats[index, 2]), rank, ids, tops)]
+            results.append(RowResult([token] if finite and accepted else [], logprobs, [], bool(finite)))
+        return results
+
+    def replace_weights(self, leaves: list[jax.Array]) -> None:
+        """New parameters of the same shapes and dtypes, without recompiling. Raises ValueError if they differ."""
+        for old, new in zip(self.leaves, leaves, strict=True):
+            if old.shape != new.shape or old.dtype != new.dtype:
+                raise ValueError(f"a parameter of {old.shape} {old.dtype} cannot become {new.shape} {new.dtype}")
+        self.leaves = leaves
+
+
+
+def max_updates(plan: EnginePlan) -> int:
+    """Page updates that travel with a step: one for each slot, and the pages of a few hundred prompt tokens."""
+    return plan.scheduler.max_num_seqs + 64
+
+
+def layout_of(plan: EnginePlan) -> StepLayout:
+    """The packed metadata's layout for these sizes."""
+    return StepLayout(plan.scheduler.max_num_seqs, len(plan.groups), max_updates(plan))
+
+
+def _zeros(spec: Any) -> jax.Array:
+    return jax.jit(lambda: jax.numpy.zeros(spec.shape, spec.dtype), out_shardings=spec.sharding)()

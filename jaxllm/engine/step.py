@@ -1,0 +1,185 @@
+"""The two halves of a step, as pure functions of one rank's arrays: `forward` to the hidden rows, `sample` to tokens."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.engine.layout import LENGTH, ROW, SAMPLES, SLOT, START, StepLayout, Unpacked
+from jaxllm.engine.sampling import Sampled, SamplerVariant, SlotTables, logprobs_of, sample, unpack
+from jaxllm.models.metadata import LinearMetadata, StepMetadata
+from pallas_kernels.ragged_paged_attention import AttentionMetadata
+
+POSITION = 4 + 2  # the column of a packed row that the sampler reads as its position
+OUTPUT_COLUMNS = 5  # token, number accepted, logprob, rank, finite
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+    """What the device knows of each slot between steps; donated to `forward`.
+
+    Attributes:
+      num_computed: int32[S], tokens in the cache.
+      page_tables: for each cache group int32[S, P].
+    """
+
+    num_computed: jax.Array
+    page_tables: tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What the step's code depends on beside its arguments' shapes: all static."""
+
+    layout: StepLayout
+    page_size: int
+    backend: str
+    treedef: Any
+    vocab_size: int
+
+    def model(self, leaves: list[jax.Array]):
+        """The model over these parameters; free inside a trace."""
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def apply_page_updates(page_tables: tuple[jax.Array, ...], updates: jax.Array) -> tuple[jax.Array, ...]:
+    """updates: int32[G, U, 3] of (slot, index, page); slots past the last are dropped."""
+    return tuple(
+        table.at[updates[g, :, 0], updates[g, :, 1]].set(updates[g, :, 2], mode="drop")
+        for g, table in enumerate(page_tables)
+    )
+
+
+def attention_metadata(
+    unpacked: Unpacked, starts: jax.Array, lengths: jax.Array, page_tables: tuple[jax.Array, ...], page_size: int
+) -> tuple[AttentionMetadata, ...]:
+    """Everything that attention needs, derived from each row's slot, start and length. starts, lengths: int32[S']."""
+    num_rows, num_tokens = starts.shape[0], unpacked.token_ids.shape[0]
+    query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row_ids = jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all").astype(jnp.int32)
+    row_ids = jnp.minimum(row_ids, num_rows - 1)
+    is_real = token < unpacked.num_tokens
+    positions = jnp.where(is_real, starts[row_ids] + token - query_starts[row_ids], 0)
+    slots = unpacked.rows[:num_rows, SLOT]
+    groups = []
+    for table in page_tables:
+        tables = table.at[slots].get(mode="fill", fill_value=0)
+        pages = tables[row_ids, positions // page_size]
+        write_slots = jnp.where(is_real, pages * page_size + positions % page_size, token % page_size)
+        groups.append(
+            AttentionMetadata(
+                positions=positions,
+                row_ids=row_ids,
+                query_starts=query_starts,
+                kv_lens=jnp.where(lengths > 0, starts + lengths, 0),
+                page_tables=tables,
+                write_slots=write_slots,
+                num_rows=unpacked.num_rows,
+                num_decodes=unpacked.num_decodes,
+            )
+        )
+    return tuple(groups)
+
+
+def forward(
+    shape: StepShape,
+    leaves: list[jax.Array],
+    caches: list[jax.Array],
+    state: SlotState,
+    history: jax.Array,
+    packed: jax.Array,
+):
+    """Computes a batch's tokens into the caches.
+
+    Args:
+      leaves: the model's parameters.
+      caches: one array a layer (donated).
+      state: the slots' state (donated).
+      history: int32[S, L], tokens by slot and position, for those that the host does not know.
+      packed: int32[fixed + T], see `StepLayout`.
+
+    Returns:
+      (caches, state, rows int32[S, ROW] with true positions, the last hidden row of each [S, embed], all hidden rows
+      [T, embed]).
+    """
+    unpacked = shape.layout.unpack(packed)
+    num_slots, num_tokens = shape.layout.num_slots, unpacked.token_ids.shape[0]
+    page_tables = apply_page_updates(state.page_tables, unpacked.page_updates)
+    slots = unpacked.rows[:, SLOT]
+    known = state.num_computed.at[slots].get(mode="fill", fill_value=0)
+    starts = jnp.where(unpacked.rows[:, START] < 0, known, unpacked.rows[:, START])
+    lengths = unpacked.rows[:, LENGTH]
+    ends = starts + lengths
+    num_computed = state.num_computed.at[slots].set(ends, mode="drop")
+
+    num_rows = min(num_slots, num_tokens)
+    attention = attention_metadata(unpacked, starts[:num_rows], lengths[:num_rows], page_tables, shape.page_size)
+    positions, row_ids = attention[0].positions, attention[0].row_ids
+    sampled = history.at[slots[row_ids], positions].get(mode="clip")
+    token_ids = jnp.where(unpacked.token_ids < 0, sampled, unpacked.token_ids)
+    model = shape.model(leaves)
+    hidden, caches = model(token_ids, caches, StepMetadata(attention, LinearMetadata(), shape.backend))
+
+    last = jnp.maximum(attention[0].query_starts[1:] - 1, 0)
+    last_hidden = jnp.pad(hidden[last], ((0, num_slots - num_rows), (0, 0)))
+    rows = unpacked.rows.at[:, POSITION].set(ends)
+    return caches, SlotState(num_computed, page_tables), rows, last_hidden, hidden
+
+
+def sample_rows(
+    shape: StepShape,
+    variant: SamplerVariant,
+    num_rows: int,
+    leaves: list[jax.Array],
+    hidden: jax.Array,
+    rows: jax.Array,
+    history: jax.Array,
+    tables: tuple[jax.Array, jax.Array, jax.Array] | None,
+):
+    """Samples the first `num_rows` rows and remembers their tokens.
+
+    Args:
+      hidden: [S, embed], each row's last hidden row.
+      rows: int32[S, ROW] from `forward`.
+      history: int32[S, L] (donated): gets the tokens of the rows that sample.
+      tables: bias, stop_mask and bad_words of `SlotTables`; None for variants without `adjust`.
+
+    Returns:
+      (history, int32[num_rows, OUTPUT_COLUMNS + 2 N] as `unpack_output` reads it).
+    """
+    rows = rows[:num_rows]
+    slots = rows[:, SLOT]
+    params = unpack(rows[:, 4:])
+    logits = shape.model(leaves).logits(hidden[:num_rows], LinearMetadata())
+    slot_tables = None if tables is None else SlotTables(history, *tables)
+    in_range = jnp.minimum(slots, shape.layout.num_slots - 1)
+    out = sample(logits, params, slot_tables, in_range, variant, shape.vocab_size)
+    writes = jnp.where(rows[:, SAMPLES] > 0, slots, shape.layout.num_slots)
+    history = history.at[writes, params.position].set(out.tokens[:, 0], mode="drop")
+    return history, pack_output(out)
+
+
+def pack_output(out: Sampled) -> jax.Array:
+    """One array, so that one transfer brings a step's results to the host."""
+
+    def bits(x):
+        return lax.bitcast_convert_type(x, jnp.int32)
+
+    columns = [out.tokens, out.num_accepted[:, None], bits(out.logprob)[:, None], out.rank[:, None]]
+    columns += [out.finite.astype(jnp.int32)[:, None], out.top_ids, bits(out.top_logprobs)]
+    return jnp.concatenate(columns, axis=1)
+
+
+def wide_logprobs(
+    shape: StepShape, k: int, leaves: list[jax.Array], hidden: jax.Array, index: jax.Array, targets: jax.Array
+):
+    """Logprobs of `targets` int32[C] and of the k most likely tokens, at rows `index` int32[C] of hidden [N, embed]."""
+    logits = shape.model(leaves).logits(hidden[index], LinearMetadata())
+    return logprobs_of(logits, targets, k, shape.vocab_size)
+
+
+assert ROW >= POSITION

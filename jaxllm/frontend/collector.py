@@ -1,0 +1,109 @@
+"""Token by token from the core to a request's output: text, stop strings, logprobs."""
+
+from jaxllm.engine.messages import Logprobs, SequenceOutput
+from jaxllm.errors import InvalidRequestError, JaxllmError, QueueFullError
+from jaxllm.frontend.inputs import PreparedRequest
+from jaxllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.text.output import OutputText
+from jaxllm.text.tokenizer import Tokenizer
+
+
+class RequestCollector:
+    """One request's output as it grows.
+
+    Attributes:
+      output: all samples so far.
+      error: why the core refused the request, if it did; then no more comes.
+      to_stop: sequence ids that a stop string has ended and the core does not know of yet; the caller clears it.
+    """
+
+    def __init__(self, prepared: PreparedRequest, tokenizer: Tokenizer | None):
+        params = prepared.params
+        self._params, self._tokenizer = params, tokenizer
+        self._eos = prepared.eos_token_ids
+        first = prepared.sequences[0]
+        detokenize = tokenizer if params.detokenize else None
+        self._texts = [
+            OutputText(
+                detokenize,
+                prepared.prompt_token_ids,
+                first.output_token_ids,
+                stop=params.stop,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            for _ in prepared.sequences
+        ]
+        self._index = {sequence.id: index for index, sequence in enumerate(prepared.sequences)}
+        outputs = [
+            CompletionOutput(index, text.text, list(first.output_token_ids)) for index, text in enumerate(self._texts)
+        ]
+        self.output = RequestOutput(
+            prepared.request_id, prepared.prompt, prepared.prompt_token_ids, None, outputs, finished=False
+        )
+        self.to_stop: list[str] = []
+        self.error: JaxllmError | None = None
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        """The core's names of the samples."""
+        return list(self._index)
+
+    def add(self, message: SequenceOutput) -> CompletionOutput | None:
+        """Takes one sample's news in; what is new of it as a delta, or None if it had ended already."""
+        index = self._index[message.id]
+        sample = self.output.outputs[index]
+        if sample.finish_reason is not None:
+            return None
+        if message.refused is not None:
+            self.error = InvalidRequestError(*message.refused)
+        elif message.queue_full:
+            self.error = QueueFullError(message.error)
+        delta = CompletionOutput(index)
+        by_stop_token = message.stop_token is not None
+        change = self._texts[index].append(
+            message.token_ids, finished=message.finish_reason is not None, stop_token=by_stop_token
+        )
+        delta.text, delta.token_ids = change.text, message.token_ids[: change.num_tokens]
+        delta.finish_reason = message.finish_reason
+        if change.stop_string is not None:
+            delta.finish_reason, delta.stop_reason = "stop", change.stop_string
+            self.to_stop.append(message.id)
+        elif by_stop_token and message.stop_token not in self._eos:
+            delta.stop_reason = message.stop_token
+        if message.logprobs is not None:
+            delta.logprobs = [self._logprobs(entry) for entry in message.logprobs[: change.num_tokens]]
+            delta.cumulative_logprob = sum(entry.logprob for entry in message.logprobs[: change.num_tokens])
+        if message.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [None, *map(self._logprobs, message.prompt_logprobs)]
+        self.output.num_cached_tokens = max(self.output.num_cached_tokens, message.num_cached_tokens)
+        self._extend(sample, delta)
+        return delta
+
+    def _extend(self, sample: CompletionOutput, delta: CompletionOutput) -> None:
+        sample.token_ids += delta.token_ids
+        sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.logprobs is not None:
+            sample.logprobs = (sample.logprobs or []) + delta.logprobs
+            sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + (delta.cumulative_logprob or 0.0)
+        if sample.finish_reason is not None:
+            sample.text = self._texts[sample.index].text
+            self.output.finished = all(other.finished for other in self.output.outputs)
+
+    def snapshot(self) -> RequestOutput:
+        """The output so far, texts included."""
+        for sample, text in zip(self.output.outputs, self._texts, strict=True):
+            sample.text = text.text
+        return self.output
+
+    def _logprobs(self, entry: Logprobs) -> dict[int, Logprob]:
+        chosen = {entry.token: Logprob(entry.logprob, entry.rank, self._text(entry.token))}
+        for rank, (token, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), 1):
+            if token not in chosen:
+                chosen[token] = Logprob(logprob, rank, self._text(token))
+        return chosen
+
+    def _text(self, token: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token)

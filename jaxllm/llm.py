@@ -1,0 +1,263 @@
+"""Offline generation: `LLM` runs the engine on the caller's thread."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxllm.config import config_from
+from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.engine.messages import Finish, StepOutputs, Utility, UtilityResult
+from jaxllm.frontend.collector import RequestCollector
+from jaxllm.frontend.engine import FrontEngine, Message, start_engine
+from jaxllm.frontend.inputs import PreparedRequest, Prompt
+from jaxllm.frontend.outputs import CompletionOutput, RequestOutput
+from jaxllm.frontend.progress import TokenProgress
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Args:
+      model: "smollm2" (the default model), a Hugging Face directory or id, or a .gguf file.
+      prompt_length: tokens of the first prompt expected; its step is compiled first.
+      progress: show progress bars.
+      options: the fields of `jaxllm.config.EngineConfig`.
+
+    Raises any of `jaxllm.errors`.
+    """
+
+    def __init__(self, model: str = "smollm2", *, prompt_length: int = 64, progress: bool = False, **options: Any):
+        config = config_from(str(model), options)
+        self._engine: FrontEngine = start_engine(config, prompt_length=prompt_length, progress=progress)
+        self._client, self._builder = self._engine.client, self._engine.builder
+        self._collectors: dict[str, RequestCollector] = {}  # by sequence id
+        self._deltas: dict[str, list[CompletionOutput]] = {}  # of open streams, by request id
+        self._calls = itertools.count()
+
+    @property
+    def config(self):
+        """The options it was made with."""
+        return self._engine.config
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one request, prompt and output."""
+        return self._builder.limits.max_model_len
+
+    def get_tokenizer(self):
+        """The model's tokenizer. Raises InvalidRequestError if it has none."""
+        return self._engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with the model's generation_config as defaults."""
+        return self._builder.default_params()
+
+    # Requests
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = False,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
+    ) -> list[RequestOutput]:
+        """Completes prompts, all at once; outputs stand in the prompts' order.
+
+        Args:
+          prompts: one prompt or several, each text or token ids.
+          sampling_params: for all, or one for each; None means the model's defaults.
+          use_tqdm: show progress and tokens/s.
+          priority: one a prompt, lower first, under scheduling_policy="priority".
+          cache_salt: prompts of different salts share no cached prefix.
+
+        Raises:
+          InvalidRequestError: any prompt or parameter is refused; then nothing has been started.
+        """
+        listed = _listed(prompts)
+        params = list(_each(sampling_params, len(listed)))
+        priorities = [0] * len(listed) if priority is None else list(priority)
+        if len(priorities) != len(listed):
+            raise ValueError(f"{len(priorities)} priorities for {len(listed)} prompts")
+        prepared = [
+            self._builder.build(prompt, p, priority=rank, cache_salt=cache_salt)
+            for prompt, p, rank in zip(listed, params, priorities, strict=True)
+        ]
+        return self._run(prepared, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or several, under the model's chat template."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Any = messages if several else [messages]
+        prompts = [
+            self._engine.chat_prompt(conversation, tools, add_generation_prompt, chat_template_kwargs)
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        output_token_ids: Sequence[int] = (),
+    ) -> Iterator[CompletionOutput]:
+        """Completes one prompt, or a conversation, and yields what is new as it comes (index tells which of n samples).
+
+        Leaving the loop early aborts the request. `output_token_ids`: tokens already emitted, to go on after.
+        """
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self._engine.chat_prompt(prompt)  # type: ignore[arg-type]
+        prepared = self._builder.build(prompt, sampling_params, output_token_ids=output_token_ids)  # type: ignore[arg-type]
+        return self._stream(prepared)
+
+    def _stream(self, prepared: PreparedRequest) -> Iterator[CompletionOutput]:
+        collector = self._submit(prepared)
+        deltas = self._deltas[prepared.request_id] = []
+        try:
+            while not collector.output.finished or deltas:
+                if not deltas:
+                    self._receive()
+                yield from _drain(deltas)
+            if collector.error is not None:
+                raise collector.error
+        finally:
+            del self._deltas[prepared.request_id]
+            self._withdraw([collector])
+
+    def beam_search(self, prompts, params):
+        """See `jaxllm.frontend.beam_search`."""
+        from jaxllm.frontend.beam_search import beam_search
+
+        return beam_search(self, _listed(prompts), params)
+
+    # The engine
+
+    def warm_up(self) -> int:
+        """Compiles everything that requests may need and waits for it; how many executables there are."""
+        return self._call("warm_up")
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the engine: running, waiting, cache_usage, prefix hits, preemptions, steps, compilations."""
+        return self._call("stats")
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets cached prefixes."""
+        self._call("reset_prefix_cache")
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._client.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, name: str) -> Any:
+        call = next(self._calls)
+        self._client.send(Utility(call, name))
+        while True:
+            for message in self._client.receive(timeout=1.0):
+                if isinstance(message, UtilityResult) and message.call == call:
+                    if message.error is not None:
+                        raise RuntimeError(message.error)
+                    return message.value
+                if isinstance(message, StepOutputs):
+                    self._dispatch(message)
+
+    def _submit(self, prepared: PreparedRequest) -> RequestCollector:
+        collector = RequestCollector(prepared, self._builder.tokenizer)
+        for sequence in prepared.sequences:
+            self._collectors[sequence.id] = collector
+            self._client.send(sequence)
+        return collector
+
+    def _withdraw(self, collectors: Sequence[RequestCollector]) -> None:
+        """Forgets requests and aborts what of them still runs."""
+        ids = [sequence_id for c in collectors for sequence_id in c.sequence_ids if sequence_id in self._collectors]
+        if ids:
+            for sequence_id in ids:
+                del self._collectors[sequence_id]
+            self._client.send(Finish(ids))
+
+    def _receive(self) -> list[tuple[str, CompletionOutput]]:
+        """One turn of the engine: what is new, by sequence id."""
+        news = []
+        for message in self._client.receive(timeout=1.0):
+            if isinstance(message, StepOutputs):
+                news += self._dispatch(message)
+        return news
+
+    def _dispatch(self, message: StepOutputs) -> list[tuple[str, CompletionOutput]]:
+        news = []
+        for output in message.outputs:
+            collector = self._collectors.get(output.id)
+            if collector is None:
+                continue
+            delta = collector.add(output)
+            if delta is not None:
+                news.append((output.id, delta))
+                if collector.output.request_id in self._deltas:
+                    self._deltas[collector.output.request_id].append(delta)
+                if delta.finished:
+                    del self._collectors[output.id]
+            if collector.to_stop:
+                self._client.send(Finish(collector.to_stop, reason="stop"))
+                collector.to_stop = []
+        return news
+
+    def _run(self, prepared: list[PreparedRequest], show: bool) -> list[RequestOutput]:
+        collectors: list[RequestCollector] = []
+        try:
+            for request in prepared:
+                collectors.append(self._submit(request))
+            remaining = {sequence_id for collector in collectors for sequence_id in collector.sequence_ids}
+            with TokenProgress(len(remaining), show) as progress:
+                while remaining:
+                    news = self._receive()
+                    remaining.difference_update(sequence_id for sequence_id, delta in news if delta.finished)
+                    progress.update([delta for _, delta in news])
+        finally:
+            self._withdraw(collectors)
+        for collector in collectors:
+            if collector.error is not None:
+                raise collector.error
+        return [collector.snapshot() for collector in collectors]
+
+
+def _drain(deltas: list[CompletionOutput]) -> Iterator[CompletionOutput]:
+    while deltas:
+        delta = deltas.pop(0)
+        if delta.text or delta.token_ids or delta.finished:
+            yield delta
+
+
+def _listed(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list of prompts."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]  # type: ignore[list-item]
+    if len(prompts) and isinstance(prompts[0], int):
+        return [prompts]
+    return list(prompts)
+
+
+def _each(params: Params, count: int) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts")
+    return params
