@@ -1,0 +1,36 @@
+"""The notebooks run from top to bottom in a kernel of this environment, and say what they promise."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def run(name: str, monkeypatch) -> tuple[list[str], list[str]]:
+    """Executes a notebook; the source of each code cell and what it printed. A cell that raises fails the test."""
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel before one of the user's
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code"), "commit it without outputs"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    printed = [
+        "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout") for cell in cells
+    ]
+    return [cell.source for cell in cells], printed
+
+
+def test_quickstart(monkeypatch):
+    _, printed = run("quickstart.ipynb", monkeypatch)
+    _, _, completions, streamed, reply, seeds, samples, speed = printed
+    assert "Paris" in completions
+    assert len(streamed.split()) > 3 and reply.strip()
+    first, second, again = (line.split(" ", 1)[1] for line in seeds.strip().splitlines())
+    assert first == again != second
+    assert len(set(samples.strip().splitlines())) == 3
+    assert len(re.findall(r"[\d.]+ tokens/s", speed)) == 3
