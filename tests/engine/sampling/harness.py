@@ -52,7 +52,8 @@ def upload(
     history = np.full((num_slots, HISTORY), POISON_TOKEN, np.int32)
     bias = np.full((num_slots, width), np.nan, np.float32)
     stop_mask = np.ones((num_slots, width), bool)
-    bad_words = np.zeros((num_slots, 128, 16), np.int32)
+    bad_words = np.full((num_slots, 128, 16), -1, np.int32)
+    bad_words[:, :, -1] = np.arange(128)  # forbidden whatever stands before
     for slot, row in zip(slots, rows, strict=True):
         params.set(slot, request_of(row), row.bad_words)
         uses = needs_tables(row.params, row.bad_words)

@@ -41,6 +41,13 @@ def test_tiny_temperature_is_greedy_and_finite(temperature, scale):
     assert set(tokens) == {LIKELY[0]}
 
 
+def test_a_small_temperature_is_not_rounded_up():
+    logits = np.zeros(VOCAB, np.float32)
+    logits[200] = 1e-4
+    assert set(tokens_of(SamplingParams(temperature=1e-6), logits)) == {200}
+    assert len(set(tokens_of(SamplingParams(temperature=1e-4), logits))) > 40
+
+
 @pytest.mark.parametrize("temperature", [1e30, 1e300])
 def test_huge_temperature_is_uniform_and_finite(temperature):
     assert len(set(tokens_of(SamplingParams(temperature=temperature)))) > 45
@@ -107,6 +114,10 @@ def test_neighbouring_floats_are_told_apart():
     logits[9] = np.nextafter(logits[8], np.float32(0))
     for k in (1, 2, 3):
         np.testing.assert_array_equal(np.flatnonzero(kept_by(logits, top_k=k)), [7, 8, 9][:k])
+    logits[7:10] = [2.0, 0.5, 0.5 - 2**-23]  # distances 1.5 and the next float
+    for k in (1, 2, 3):
+        np.testing.assert_array_equal(np.flatnonzero(kept_by(logits, top_k=k)), [7, 8, 9][:k])
+    assert kept_by(logits, top_p=1e-3).sum() == 1
 
 
 def test_top_p_at_exact_sums():
@@ -149,8 +160,11 @@ def test_penalties_at_their_bounds():
     assert greedy(frequency_penalty=-2) == 7
     assert greedy(repetition_penalty=0.5) == 5  # the prompt counts for this one
     assert greedy(repetition_penalty=2) == 0
+    steep = np.where(np.arange(VOCAB) == 7, 10, -10).astype(np.float32)
     for extreme in (1e-300, 1e-40, 1e40, 1e300):
-        tokens_of(SamplingParams(repetition_penalty=extreme), LOGITS, **history)
+        for allowed in ([7], [5]):
+            params = SamplingParams(repetition_penalty=extreme, allowed_token_ids=allowed)
+            assert set(tokens_of(params, steep, **history)) == set(allowed)
     up = np.where(np.arange(VOCAB) == 7, -1, -5).astype(np.float32)  # negative logits are multiplied
     assert tokens_of(SamplingParams(temperature=0, repetition_penalty=10), up, **history)[0] == 0
 

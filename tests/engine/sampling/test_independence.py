@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from jaxllm.core.sampling_params import SamplingParams
-from jaxllm.engine.sampling import EVERYTHING, FILTERS, GREEDY, RANDOM, VARIANTS, SamplerVariant, unpack
+from jaxllm.engine.sampling import EVERYTHING, FILTERS, GREEDY, RANDOM, VARIANTS, SamplerVariant, SlotTables, unpack
 from tests.engine.sampling.harness import jit_sample, run, upload
-from tests.engine.sampling.reference import Row
+from tests.engine.sampling.reference import Row, tokens_expected
 from tests.engine.sampling.test_reference import random_row, wishes
 
 VOCAB = 4099  # a prime: vectorized loops have a remainder
@@ -87,10 +87,12 @@ def test_non_finite_rows_are_flagged_and_touch_no_other(variant):
             assert poisoned.logprob[index] == clean.logprob[index] and poisoned.rank[index] == clean.rank[index]
 
 
-def test_a_masked_nan_is_still_flagged():
+@pytest.mark.parametrize("masked", [{"allowed_token_ids": [1, 2]}, {"min_tokens": 3}], ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_logits_are_flagged_even_under_a_mask(masked, value):
     logits = np.zeros(VOCAB, np.float32)
-    logits[5] = np.nan
-    row = Row(logits, SamplingParams(allowed_token_ids=[1, 2]), [0], 1)
+    logits[5] = value
+    row = Row(logits, SamplingParams(**masked), [0], 1, stop_token_ids=[5])
     assert not run([row], EVERYTHING).finite[0]
 
 
@@ -102,17 +104,28 @@ def test_minus_infinity_is_a_token_never_chosen():
         assert sampled.finite[0] and sampled.tokens[0, 0] == 4000
 
 
-@pytest.mark.parametrize("variant", [GREEDY, RANDOM, FILTERS, EVERYTHING], ids=range(4))
+@pytest.mark.parametrize("variant", VARIANTS, ids=range(4))
 def test_stale_tables_reach_nobody(variant):
-    # `upload` fills what nobody asked for with NaN, True and impossible tokens; here zeros stand there instead.
-    names = FAMILIES[variant] if variant is not EVERYTHING else FAMILIES[FILTERS]
-    rows = rows_using(names, 32, seed=13)
-    _, poison, block = upload(rows, VOCAB, list(range(32)), 32)
-    clean = type(poison)(*(jnp.zeros_like(getattr(poison, f.name)) for f in dataclasses.fields(poison)))
+    # `upload` fills what nobody asked for with NaN, True, impossible tokens and bad words that match always.
+    quiet = rows_using(FAMILIES[FILTERS if variant is EVERYTHING else variant], 16, seed=13)
+    noisy = rows_using(("presence", "bad_words", "logit_bias", "min_tokens"), 16, seed=14)
+    rows = quiet + (noisy if variant is EVERYTHING else quiet)
+    for row in rows:
+        row.logits[:128] += 20  # where the stale bad words would hurt
+    _, stale, block = upload(rows, VOCAB, list(range(32)), 32)
+    clean = SlotTables(
+        history=stale.history.at[:16].set(0),
+        bias=stale.bias.at[:16].set(0),
+        stop_mask=stale.stop_mask.at[:16].set(False),
+        bad_words=stale.bad_words.at[:16].set(-1),
+    )
     logits, slots = jnp.asarray(np.stack([row.logits for row in rows])), jnp.arange(32)
-    results = [jit_sample(logits, unpack(jnp.asarray(block)), t, slots, variant=variant) for t in (poison, clean)]
+    results = [jit_sample(logits, unpack(jnp.asarray(block)), t, slots, variant=variant) for t in (stale, clean)]
     for one, other in zip(*(dataclasses.asdict(r).values() for r in results), strict=True):
         np.testing.assert_array_equal(one, other)
+    if variant.random:
+        for row, token in zip(quiet, results[0].tokens[:16, 0], strict=True):
+            assert int(token) in tokens_expected(row)
 
 
 def test_rows_that_ask_read_their_own_slot_only():
