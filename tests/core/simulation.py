@@ -54,9 +54,9 @@ class Device:
         for i in batch.new_slots:
             self._fill_slot(batch.rows[i].slot, batch.rows[i].request, batch.rows[i].start)
         for tables, updates in zip(self.tables, batch.page_updates, strict=True):
-            for slot, index, page in updates:
+            for slot_index, index, page in updates:
                 assert page > 0, "the dummy page was handed out"
-                tables[slot][index] = page
+                tables[slot_index][index] = page
         for row in batch.rows:  # all reads before all writes: rows of one step may not depend on each other
             self._read(row.slot, row.request, row.start)
         results = []
@@ -134,14 +134,14 @@ class Case:
     def draw(rng: random.Random) -> "Case":
         page_size = rng.choice([1, 2, 3, 4, 4, 8])
         max_model_len = rng.randint(12, 48)
-        num_seqs = rng.randint(1, 5)
+        num_seqs = rng.randint(1, 8)
         most = -(-max_model_len // page_size)
 
         def group(name: str, window: int | None) -> CacheGroup:
             need = most if window is None else min(most, -(-(window - 1) // page_size) + 1)
-            return CacheGroup(name, 1 + max(1, need + rng.randint(-1, most)), page_size, window)
+            return CacheGroup(name, 1 + max(1, need + rng.randint(-1, 2 * most)), page_size, window)
 
-        kinds = rng.choice([[None], [None], [None, 5], [None, 9], [7], [None, 1, 6]])
+        kinds: list[int | None] = rng.choice([[None], [None], [None, 5], [None, 9], [7], [None, 1, 6]])
         budget = num_seqs + rng.randint(0, 24)
         config = SchedulerConfig(
             max_num_seqs=num_seqs,
@@ -267,6 +267,8 @@ class Simulation:
 
     def step(self) -> None:
         """The engine's loop: launch, then read what has been in flight for long enough."""
+        while len(self.in_flight) > self.case.depth:
+            self.finish()
         launched = self.launch()
         if self.in_flight and (not launched or len(self.in_flight) > self.case.depth):
             self.finish()

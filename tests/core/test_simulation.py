@@ -1,6 +1,7 @@
 """A million random steps: arrivals, aborts, forks, priorities, salts, tiny caches, windows, resumptions, overlap."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ class Traffic:
         if rng.random() < 0.5:
             prompt[-1] = rng.randrange(VOCABULARY)
         max_tokens = rng.choice([1, 2, 5, 10, 30])
-        traits = dict(
+        traits: dict[str, Any] = dict(
             salt=rng.choice(["", "", "", "pepper"]),
             adapter=rng.choice([None, None, None, "lora"]),
             priority=rng.randint(0, 2),
