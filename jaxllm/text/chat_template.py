@@ -14,6 +14,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 
 from jaxllm.errors import InvalidRequestError
 
@@ -28,6 +29,24 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's `namespace`, without attributes whose names Python gives a meaning."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"namespace attribute {name!r}")
+        super().__setitem__(name, value)
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)  # a function, so that templates cannot reach the class
 
 
 def _raise_exception(message: str) -> None:
@@ -95,6 +114,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        environment.globals.update(namespace=_Namespace, dict=_make_dict)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from jaxllm.errors import CheckpointError, UnsupportedModelError
 from jaxllm.text.sentencepiece_bpe import derive_merges
-from jaxllm.text.special_tokens import add_sequence_tokens
 from jaxllm.text.tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -143,11 +142,21 @@ def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], where: st
     return backend
 
 
-def _added(tokens: Sequence[str], kinds: Sequence[float]) -> list[AddedToken]:
+def _surround(backend: Backend, bos: str | None, eos: str | None) -> None:
+    """Makes `backend` put these tokens (None: no token) around every text that it encodes."""
+    around = [text for text in (bos, eos) if text is not None]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*([bos] if bos is not None else []), "$A", *([eos] if eos is not None else [])],
+        special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys(around)],
+    )
+
+
+def _added(backend: Backend, tokens: Sequence[str], kinds: Sequence[float]) -> list[AddedToken]:
+    """Tokens found in a text before it is cut: control tokens, which are special, and user-defined ones."""
     return [
         AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
         for text, kind in zip(tokens, kinds, strict=True)
-        if kind in (_CONTROL, _USER_DEFINED) and text
+        if kind in (_CONTROL, _USER_DEFINED) and backend.token_to_id(text) is not None
     ]
 
 
@@ -174,7 +183,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str, arch: str = "") -> Tokeni
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{where}: corrupt: {len(tokens)} tokens, of which {len(vocab)} are distinct")
     backend = _byte_level(metadata, vocab, where) if kind == "gpt2" else _sentencepiece(metadata, vocab, where, arch)
-    backend.add_tokens(_added(tokens, kinds))
+    backend.add_tokens(_added(backend, tokens, kinds))
 
     def token_text(role: str) -> str | None:
         token = metadata.get(f"tokenizer.ggml.{role}_token_id")
@@ -186,7 +195,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str, arch: str = "") -> Tokeni
     default_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
     bos = special_tokens.get("bos_token") if _flag(metadata, "add_bos_token", where, default_bos) else None
     eos = special_tokens.get("eos_token") if _flag(metadata, "add_eos_token", where, False) else None
-    add_sequence_tokens(backend, bos, eos)
+    _surround(backend, bos, eos)
     templates = {"default": text} if isinstance(text := metadata.get("tokenizer.chat_template"), str) else {}
     for key, text in metadata.items():
         if key.startswith("tokenizer.chat_template.") and isinstance(text, str):

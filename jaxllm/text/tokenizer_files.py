@@ -8,7 +8,6 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from jaxllm.errors import CheckpointError, UnsupportedModelError
-from jaxllm.text.special_tokens import add_sequence_tokens
 from jaxllm.text.tokenizer import Tokenizer
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -77,8 +76,8 @@ def _add_configured_tokens(backend: Backend, config: dict[str, Any], special_tok
 def from_directory(directory: Path) -> Tokenizer:
     """Builds the tokenizer of a Hugging Face directory.
 
-    Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat template files. As in Transformers 5,
-    an explicit add_bos_token or add_eos_token replaces what tokenizer.json puts around a text.
+    Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat template files. What is put around a
+    text is what tokenizer.json says: as in Transformers 5, add_bos_token and add_eos_token are not looked at beside it.
 
     Raises:
       CheckpointError: tokenizer.json is missing, or a file is corrupt.
@@ -104,8 +103,4 @@ def from_directory(directory: Path) -> Tokenizer:
         _add_configured_tokens(backend, config, special_tokens)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / 'tokenizer_config.json'}: corrupt added tokens: {error}") from error
-    if config.get("add_bos_token") is not None or config.get("add_eos_token") is not None:
-        bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-        eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-        add_sequence_tokens(backend, bos, eos)
     return Tokenizer(backend, special_tokens=special_tokens, chat_templates=_chat_templates(directory, config))
