@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -127,3 +130,20 @@ def test_unsupported_types_and_architectures_are_named(tmp_path):
     gguf_files.write_model(tmp_path / "moe.gguf", "llama", extra={"llama.expert_count": 8})
     with pytest.raises(UnsupportedModelError, match="experts"):
         open_checkpoint(tmp_path / "moe.gguf")
+
+
+@pytest.mark.parametrize("arch", gguf_files.ARCHITECTURES)
+def test_equals_what_transformers_reads(arch, tmp_path):
+    """The golden is made by scripts/make_gguf_goldens.py."""
+    golden = json.loads((Path(__file__).parent / "goldens" / "gguf.json").read_text())[arch]
+    weights = gguf_files.hugging_face_weights(arch, tied=arch.startswith("gemma"))
+    gguf_files.write_model(tmp_path / "model.gguf", arch, weights)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    assert set(checkpoint.names()) == set(golden["tensors"])
+    for name, expected in golden["tensors"].items():
+        flat = checkpoint.read(name, np.float64).ravel()
+        assert list(checkpoint.shape(name)) == expected["shape"]
+        np.testing.assert_allclose(flat.sum(), expected["sum"], atol=1e-3)
+        np.testing.assert_allclose(flat[:: len(flat) // 7], expected["values"], atol=1e-6)
+    for field, expected in golden["config"].items():
+        assert checkpoint.config.get(field) == pytest.approx(expected), field
