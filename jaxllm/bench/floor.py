@@ -1,0 +1,174 @@
+"""What the hardware allows: bytes and FLOPs that a model's work needs, and the least time that they take.
+
+The floor is that of an engine without overhead, whose memory holds every request at once: all prompts are computed in
+one go, common prefixes once, then each step gives every unfinished request a token. Weights are read once a step, a
+request's keys and values once for each of its tokens, and each phase takes the longer of its bytes over the copy
+bandwidth and its FLOPs over the GEMM rate. Norms, activations and sampling count as nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What a device reached in this run: `bandwidth` in bytes/s (read and written), `flops` of a GEMM in FLOP/s."""
+
+    bandwidth: float
+    flops: float
+
+    def seconds(self, work: "Work") -> float:
+        """The least time for some work."""
+        return max(work.bytes / self.bandwidth, work.flops / self.flops)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Bytes moved and FLOPs done (a multiplication with an addition is two)."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCost:
+    """What a decoder costs.
+
+    Attributes:
+      layer_weights: weights of all layers' projections, all experts included.
+      active_weights: those that one token passes through.
+      head_weights: weights of the logits' projection.
+      num_experts, experts_per_token: 0 and 0 for dense models.
+      expert_weights: weights of all experts in all layers.
+      kv_bytes: keys and values of one token in all layers.
+      attention_flops: FLOPs of one query with one key in all layers, the value's product included.
+      windows: each layer's sliding window in tokens, or None.
+      itemsize: bytes of a weight.
+    """
+
+    layer_weights: int
+    active_weights: int
+    head_weights: int
+    num_experts: int
+    experts_per_token: int
+    expert_weights: int
+    kv_bytes: int
+    attention_flops: int
+    windows: tuple[int | None, ...]
+    itemsize: int
+
+    @classmethod
+    def from_config(
+        cls, hf: Mapping[str, Any], itemsize: int, windows: Sequence[int | None] | None = None
+    ) -> "ModelCost":
+        """Of the contents of a config.json, with weights and cache of `itemsize` bytes an element."""
+        layers, hidden, heads = hf["num_hidden_layers"], hf["hidden_size"], hf["num_attention_heads"]
+        kv_heads = hf.get("num_key_value_heads") or heads
+        head_dim = hf.get("head_dim") or hidden // heads
+        attention = hidden * head_dim * (heads + 2 * kv_heads) + heads * head_dim * hidden
+        experts = hf.get("num_experts") or hf.get("num_local_experts") or 0
+        per_token = hf.get("num_experts_per_tok") or 0 if experts else 0
+        width = hf.get("moe_intermediate_size") or hf["intermediate_size"] if experts else hf["intermediate_size"]
+        mlp = 3 * hidden * width
+        router = hidden * experts
+        return cls(
+            layer_weights=layers * (attention + router + mlp * (experts or 1)),
+            active_weights=layers * (attention + router + mlp * (per_token or 1)),
+            head_weights=hf["vocab_size"] * hidden,
+            num_experts=experts,
+            experts_per_token=per_token,
+            expert_weights=layers * mlp * experts,
+            kv_bytes=2 * layers * kv_heads * head_dim * itemsize,
+            attention_flops=4 * layers * heads * head_dim,
+            windows=tuple(windows or [None] * layers),
+            itemsize=itemsize,
+        )
+
+    def weight_bytes(self, num_tokens: int) -> float:
+        """Weights that a step of so many tokens reads; of experts those that random routing is expected to touch."""
+        weights = self.layer_weights + self.head_weights
+        if self.num_experts:
+            untouched = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+            weights -= int(self.expert_weights * untouched)
+        return float(weights * self.itemsize)
+
+    def _pairs(self, contexts: Sequence[int]) -> float:
+        """Query-key pairs of queries that see so many tokens each, as a mean over the layers."""
+        distinct: dict[int | None, int] = {}
+        for window in self.windows:
+            distinct[window] = distinct.get(window, 0) + 1
+        total = 0.0
+        for window, count in distinct.items():
+            seen = sum(contexts) if window is None else sum(min(window, context) for context in contexts)
+            total += seen * count / len(self.windows)
+        return total
+
+    def prefill(self, spans: Sequence[tuple[int, int]], num_sampled: int) -> Work:
+        """Computing tokens [start, end) of each prompt at once, with the logits of `num_sampled` of them."""
+        tokens = sum(end - start for start, end in spans)
+        if self.windows == (None,) * len(self.windows):
+            pairs = sum((end - start) * (start + 1 + end) / 2 for start, end in spans)
+        else:
+            pairs = sum(self._pairs(range(start + 1, end + 1)) for start, end in spans)
+        flops = 2 * tokens * self.active_weights + 2 * num_sampled * self.head_weights + pairs * self.attention_flops
+        cached = sum(start for start, _ in spans)
+        return Work(self.weight_bytes(tokens) + (tokens + cached) * self.kv_bytes, flops)
+
+    def decode(self, contexts: Sequence[int]) -> Work:
+        """One step of one token for each request; contexts count the tokens that each sees, its own included."""
+        pairs = self._pairs(contexts)
+        flops = 2 * len(contexts) * (self.active_weights + self.head_weights) + pairs * self.attention_flops
+        return Work(self.weight_bytes(len(contexts)) + pairs * self.kv_bytes, flops)
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens are the same."""
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    low, high = 0, length  # first[:low] is common, first[:high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[:middle] == second[:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def phases(cost: ModelCost, requests: Sequence[tuple[Sequence[int], int]]) -> Iterator[Work]:
+    """The work of a workload, phase by phase: all prompts, then each decode step."""
+    spans: list[tuple[int, int]] = []
+    previous: Sequence[int] = ()
+    for prompt in sorted(prompt for prompt, _ in requests):  # so that neighbours share the longest prefixes
+        spans.append((min(common_prefix(previous, prompt), len(prompt) - 1), len(prompt)))
+        previous = prompt
+    yield cost.prefill(spans, len(requests))
+    live = [(len(prompt), outputs) for prompt, outputs in requests if outputs > 1]
+    step = 1
+    while live:
+        yield cost.decode([length + step for length, _ in live])
+        step += 1
+        live = [(length, outputs) for length, outputs in live if outputs > step]
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """A workload's least work, and its least time in seconds if the device's ceilings are known."""
+
+    work: Work
+    seconds: float | None
+
+
+def floor_of(cost: ModelCost, requests: Sequence[tuple[Sequence[int], int]], ceilings: Ceilings | None = None) -> Floor:
+    """The floor of a workload."""
+    work, seconds = Work(), 0.0
+    for phase in phases(cost, requests):
+        work += phase
+        if ceilings is not None:
+            seconds += ceilings.seconds(phase)
+    return Floor(work, None if ceilings is None else seconds)
