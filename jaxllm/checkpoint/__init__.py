@@ -8,19 +8,20 @@ from jaxllm.checkpoint.resolve import DEFAULT_MODEL, resolve
 __all__ = ["DEFAULT_MODEL", "Checkpoint", "open_checkpoint", "resolve"]
 
 
-def open_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Opens a model's checkpoint: its config is read, its tensors are not.
 
     Args:
       model: "smollm2" (the default model), a directory, a .gguf file or a Hugging Face id.
       revision: a branch, tag or commit of a Hugging Face id.
+      weights: of a Hugging Face id, download the weights too; without them it still serves for random ones.
 
     Raises:
       ModelNotFoundError: there is no such model, or the hub cannot be reached.
       CheckpointError: a file is corrupt, truncated or missing.
       UnsupportedModelError: a format, architecture or tensor type that jaxllm does not read.
     """
-    path = resolve(model, revision)
+    path = resolve(model, revision, weights=weights)
     if path.is_dir() and not (path / "config.json").is_file():
         files = list(path.glob("*.gguf"))
         path = files[0] if len(files) == 1 else path

@@ -8,7 +8,7 @@ from jaxllm.text.stop_strings import StopChecker
 from jaxllm.text.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)  # not frozen: that triples what making one costs
 class TextDelta:
     """What some tokens add.
 

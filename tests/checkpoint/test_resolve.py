@@ -1,4 +1,6 @@
+import fnmatch
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -74,7 +76,28 @@ def test_downloads_take_safetensors_and_text_only(snapshot, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert resolve("someone/model") == snapshot
     patterns = hub.calls[-1][2]
-    assert "*.safetensors" in patterns and not any(".bin" in p or ".py" in p or p == "*" for p in patterns)
+    files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"]
+    other = ["pytorch_model.bin", "modeling.py", "consolidated.safetensors", "original/model.safetensors", "x.pkl"]
+    assert all(any(fnmatch.fnmatch(file, pattern) for pattern in patterns) for file in files)
+    assert not any(fnmatch.fnmatch(file, pattern) for pattern in patterns for file in other)
+    resolve("someone/model", weights=False)
+    assert not any(".safetensors" in pattern for pattern in hub.calls[-1][2])
+
+
+def test_an_interrupted_download_is_taken_up_again(snapshot, monkeypatch):
+    (snapshot / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "model-00001-of-00002.safetensors").touch()
+    hub = Hub(cached=snapshot, remote=snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    resolve("someone/model")
+    assert [call[3] for call in hub.calls] == [True, False]
+    (snapshot / "model-00002-of-00002.safetensors").touch()
+    resolve("someone/model")
+    assert [call[3] for call in hub.calls[2:]] == [True]
+    resolve("someone/model", weights=False)
+    assert [call[3] for call in hub.calls[3:]] == [True]
 
 
 def test_unreachable_hub_says_so(monkeypatch):
