@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxllm.checkpoint import Checkpoint, open_checkpoint
 from jaxllm.config import EngineConfig
+from jaxllm.engine import platform
 from jaxllm.engine.compile import Executables, use_compilation_cache
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.executables import Forward, Lowering, Sample, row_rungs
@@ -17,6 +18,7 @@ from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
 from jaxllm.engine.runner import Runner, layout_of
 from jaxllm.engine.sampling import GREEDY
 from jaxllm.engine.step import StepShape
+from jaxllm.errors import ConfigError
 from jaxllm.models import loader
 from jaxllm.models.registry import model_class
 from sharding import make_mesh, replicated
@@ -32,7 +34,7 @@ def first_keys(plan: EnginePlan, prompt_length: int) -> list[Any]:
 
 
 def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, everywhere: Any, progress: bool) -> None:
-    def shardings(parameter: nnx.Param) -> Any:
+    def shardings(axes: tuple[str | None, ...]) -> Any:
         return everywhere
 
     if config.load_format == "dummy":
@@ -54,12 +56,15 @@ def build_core(
 
     Raises what `open_checkpoint`, `plan_engine` and the loader raise.
     """
+    platform.configure()
     use_compilation_cache(config.cache_directory)
     checkpoint = checkpoint or open_checkpoint(config.model, config.revision)
     family = model_class(checkpoint.config)
     dtype = resolve_dtype(config)
     model = family(family.parse_config(checkpoint.config), dtype=dtype)
     plan = plan_engine(config, model)
+    if config.data_parallel_size > len(jax.devices()):
+        raise ConfigError(f"data_parallel_size={config.data_parallel_size}: there are {len(jax.devices())} devices")
     mesh = make_mesh(data=config.data_parallel_size)
     leaves, treedef = jax.tree.flatten(model)
     shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)

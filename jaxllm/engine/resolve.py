@@ -75,13 +75,13 @@ def resolve_backend(config: EngineConfig) -> str:
     return "xla"
 
 
-def default_rungs(budget: int, max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
-    """Powers of two up to the budget; on accelerators decode sizes in finer steps, since padding costs GEMM time."""
-    rungs = {budget} | {2**i for i in range(budget.bit_length()) if 2**i <= budget}
-    if not on_cpu:
-        rungs -= {2}
-        rungs |= {size for size in (48, 96, 160, 192, 224, 320, 384, 768, 1536, 3072, 6144) if size <= budget}
-    return tuple(sorted(rungs))
+def default_rungs(budget: int, on_cpu: bool) -> tuple[int, ...]:
+    """Step sizes worth an executable each: powers of two, on CPU every other of the small ones, where a step's time is
+    mostly that of reading the weights; on accelerators finer ones where batches of decodes and chunks come to lie."""
+    small = (1, 4, 16) if on_cpu else (1, 8, 16)
+    between = () if on_cpu else (48, 96, 160, 192, 224, 320, 384, 768, 1536, 3072, 6144)
+    powers = tuple(2**i for i in range(5, budget.bit_length()))
+    return tuple(sorted({size for size in (*small, *between, *powers) if size < budget} | {budget}))
 
 
 def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
@@ -98,7 +98,7 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
     max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
     budget = config.max_num_batched_tokens or max(1024 if on_cpu else 8192, max_num_seqs)
-    rungs = config.token_rungs or default_rungs(budget, max_num_seqs, on_cpu)
+    rungs = config.token_rungs or default_rungs(budget, on_cpu)
 
     layers = model.layer_caches()
     weight_bytes = sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(model))
@@ -174,8 +174,9 @@ def _check_longest_fits(plan: EnginePlan) -> None:
         wanted = need if group.window is None else min(need, group.window + group.page_size)
         if tokens < wanted or group.num_pages < 2:
             raise OutOfMemoryError(
-                f"the KV cache of {plan.cache_bytes / 1e6:.0f} MB holds {max(tokens, 0)} tokens in group {group.name!r}; "
-                f"max_model_len={need} needs {wanted}. Raise kv_cache_memory_bytes or lower max_model_len"
+                f"the KV cache of {plan.cache_bytes / 1e6:.0f} MB holds {max(tokens, 0)} tokens in group "
+                f"{group.name!r}; max_model_len={need} needs {wanted}. "
+                "Raise kv_cache_memory_bytes or lower max_model_len"
             )
 
 
