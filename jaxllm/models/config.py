@@ -1,11 +1,32 @@
 """A decoder's shape and options, read from the contents of a Hugging Face config.json."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxllm.errors import UnsupportedModelError
 from jaxllm.models.rope import Rope
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# Hugging Face's name of the MLP's gate to ours.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+# Fields that change the result wherever they are set, which no family here implements; None, False and 0 are harmless.
+_REFUSED = (
+    "quantization_config",
+    "compression_config",
+    "use_bidirectional_attention",
+    "dual_chunk_attention_config",
+    "is_encoder_decoder",
+    "add_cross_attention",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +37,12 @@ class DecoderConfig:
       windows: for each layer the sliding window in tokens, or None for full attention.
       rope: the rotary embedding of full-attention layers.
       local_rope: that of sliding-window layers (Gemma 3 has another base there).
-      activation: "silu" or "gelu_tanh", the gate of the MLP.
+      activation: "silu", "gelu" or "gelu_tanh", the gate of the MLP.
       attention_scale: what query-key products are multiplied by.
+      attention_bias, attention_out_bias, mlp_bias: which projections have biases: q, k and v; o; all three of the MLP.
+      qk_norm: queries and keys are normalized, head by head, before they are rotated.
+      norm_unit_offset: norms are stored less one (Gemma).
+      fused_projections: the checkpoint holds qkv_proj and gate_up_proj (Phi-3).
       attention_cap, final_cap: soft caps of attention scores and of logits (Gemma 2), or None.
       embedding_scale: what token embeddings are multiplied by.
     """
@@ -38,49 +63,126 @@ class DecoderConfig:
     activation: str
     attention_scale: float
     attention_bias: bool = False
+    attention_out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_unit_offset: bool = False
+    fused_projections: bool = False
     attention_cap: float | None = None
     final_cap: float | None = None
     embedding_scale: float = 1.0
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> "DecoderConfig":
-        """Reads what all families write the same way; `overrides` are the family's own. Raises UnsupportedModelError
-        naming the field that is missing or not supported."""
+    def from_hf(cls, hf: Mapping[str, Any], *, partial_rotary: bool = False, **overrides: Any) -> "DecoderConfig":
+        """Reads what all families write the same way.
 
-        def required(name: str) -> Any:
-            if hf.get(name) is None:
-                raise UnsupportedModelError(f"config.json has no {name!r}")
-            return hf[name]
+        Args:
+          hf: the contents of config.json over the family's defaults.
+          partial_rotary: the family knows partial_rotary_factor.
+          overrides: fields that the family reads for itself.
 
-        heads = required("num_attention_heads")
-        head_dim = hf.get("head_dim") or required("hidden_size") // heads
-        layers = required("num_hidden_layers")
-        max_position = hf.get("max_position_embeddings") or 2048
-        rope = Rope.from_hf(hf, head_dim, max_position)
+        Raises:
+          UnsupportedModelError: names the field that is missing, malformed or not supported.
+        """
+        for name in _REFUSED:
+            if hf.get(name):
+                raise UnsupportedModelError(f"config.json: {name}={hf[name]!r} is not supported")
+        hidden, layers, heads = (positive(hf, f) for f in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+        kv_heads = positive(hf, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise UnsupportedModelError(
+                f"config.json: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}"
+            )
+        head_dim = positive(hf, "head_dim", hidden // heads)
+        max_position = positive(hf, "max_position_embeddings", 2048)
+        rope = Rope.from_hf(rope_parameters(hf, FULL), head_dim, max_position)
+        local_rope = Rope.from_hf(rope_parameters(hf, SLIDING), head_dim, max_position)
+        if not partial_rotary and {len(rope.inverse_frequencies), len(local_rope.inverse_frequencies)} != {
+            head_dim // 2
+        }:
+            raise UnsupportedModelError("config.json: partial_rotary_factor is not supported in this family")
         fields: dict[str, Any] = dict(
-            vocab_size=required("vocab_size"),
-            hidden_size=required("hidden_size"),
-            intermediate_size=required("intermediate_size"),
+            vocab_size=positive(hf, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=positive(hf, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=positive_float(hf, "rms_norm_eps", 1e-6),
             max_position_embeddings=max_position,
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             windows=(None,) * layers,
             rope=rope,
-            local_rope=rope,
-            activation=activation_of(hf.get("hidden_activation") or hf.get("hidden_act") or "silu"),
+            local_rope=local_rope,
+            activation=activation_of(hf, "hidden_act"),
             attention_scale=head_dim**-0.5,
         )
         return cls(**{**fields, **overrides})
 
+    def for_length(self, max_length: int) -> "DecoderConfig":
+        """The same where no sequence has more than `max_length` tokens; see `Rope.for_length`. As read, the config is
+        for `max_position_embeddings`."""
+        return dataclasses.replace(
+            self, rope=self.rope.for_length(max_length), local_rope=self.local_rope.for_length(max_length)
+        )
 
-def activation_of(name: str) -> str:
-    """Hugging Face's name of the MLP's gate to ours. Raises UnsupportedModelError for others."""
-    names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-    if name not in names:
-        raise UnsupportedModelError(f"hidden_act={name!r} is not supported; supported are {', '.join(names)}")
-    return names[name]
+
+def positive(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """The positive integer of this name, or the default where it is absent or null. Raises UnsupportedModelError."""
+    value = default if hf.get(name) is None else hf[name]
+    if value is None:
+        raise UnsupportedModelError(f"config.json: {name} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
+        raise UnsupportedModelError(f"config.json: {name}={value!r}: must be a positive integer")
+    return int(value)
+
+
+def positive_float(hf: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """The positive number of this name, or the default where it is absent or null. Raises UnsupportedModelError."""
+    value = default if hf.get(name) is None else hf[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UnsupportedModelError(f"config.json: {name}={value!r}: must be a positive number")
+    return float(value)
+
+
+def activation_of(hf: Mapping[str, Any], name: str) -> str:
+    """The MLP's gate by our name. Raises UnsupportedModelError for others."""
+    value = hf.get(name) or "silu"
+    if value not in ACTIVATIONS:
+        raise UnsupportedModelError(f"config.json: {name}={value!r}; supported are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[value]
+
+
+def layer_windows(hf: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """Each layer's window: `sliding_window` in the layers that `layer_types` names or, without it, `is_sliding` picks.
+
+    Raises:
+      UnsupportedModelError: layer_types of another length or with other kinds, or sliding layers without a window.
+    """
+    layers = positive(hf, "num_hidden_layers")
+    types = hf.get("layer_types")
+    if types is None:
+        types = [SLIDING if is_sliding(layer) else FULL for layer in range(layers)]
+    if not isinstance(types, list | tuple) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
+        raise UnsupportedModelError(f"config.json: layer_types={types!r}: must be {layers} of {FULL} and {SLIDING}")
+    if SLIDING not in types:
+        return (None,) * layers
+    window = positive(hf, "sliding_window")
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def rope_parameters(hf: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
+    """The rotary embedding's parameters for one type of layer, as transformers 5 writes them (`rope_parameters`, nested
+    by layer type where they differ), be they written so or as transformers 4 did (`rope_scaling`, `rope_theta`, …)."""
+    found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if FULL in found or SLIDING in found:
+        found = found.get(layer_type) or {}
+    result = {name: value for name, value in found.items() if value is not None}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if hf.get(name) is not None:
+            result.setdefault(name, hf[name])
+    # Phi-3 keeps it outside, and there it counts for more
+    if hf.get("original_max_position_embeddings") is not None:
+        result["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+    return result

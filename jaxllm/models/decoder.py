@@ -1,6 +1,8 @@
 """The decoder-only transformer that families fill in: embeddings, layers over paged caches, norm, logits."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,9 @@ class DecoderLayer(nnx.Module):
     """Norm, attention, residual; norm, MLP, residual: Llama's layer."""
 
     def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.input_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
         self.self_attn = Attention(config, window=window, group=group, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
         self.mlp = GatedMLP(config, dtype=dtype)
 
     def __call__(self, hidden, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
@@ -46,28 +48,31 @@ def _run_layer(layer, hidden, rope, cache, metadata):
 class DecoderStack(nnx.Module):
     """`model.*` of a Hugging Face checkpoint."""
 
-    def __init__(self, config: DecoderConfig, layer_type, groups: tuple[int, ...], *, dtype, unit_offset: bool):
+    def __init__(self, config: DecoderConfig, layer_type, groups: tuple[int, ...], *, dtype):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         layers = [
             layer_type(config, window=window, group=group, dtype=dtype)
             for window, group in zip(config.windows, groups, strict=True)
         ]
         self.layers = nnx.List(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, unit_offset=unit_offset)
+        self.norm = RMSNorm.over_hidden(config, dtype=dtype)
 
 
 class CausalLM(nnx.Module):
-    """A causal language model. Families set `config_type`, `layer_type` and `unit_offset` (norms stored less one)."""
+    """A causal language model. Families define `parse_config`, and `layer_type` where their layers are not Llama's."""
 
-    config_type = DecoderConfig
-    layer_type = DecoderLayer
-    unit_offset = False
+    layer_type: type[nnx.Module] = DecoderLayer
+
+    @classmethod
+    def parse_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        """The family's reading of a config.json. Raises UnsupportedModelError naming the field at fault."""
+        raise NotImplementedError
 
     def __init__(self, config: DecoderConfig, *, dtype):
         windows = sorted(set(config.windows), key=lambda window: (window is not None, window))
         groups = tuple(windows.index(window) for window in config.windows)
         self.config = config
-        self.model = DecoderStack(config, self.layer_type, groups, dtype=dtype, unit_offset=self.unit_offset)
+        self.model = DecoderStack(config, self.layer_type, groups, dtype=dtype)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -84,10 +89,9 @@ class CausalLM(nnx.Module):
         hidden = self.model.embed_tokens(token_ids)
         if self.config.embedding_scale != 1.0:
             hidden = hidden * jnp.asarray(self.config.embedding_scale, hidden.dtype)
-        attention = metadata.attention[0]
-        kv_lengths = attention.kv_lens[attention.row_ids]
-        rope = self.config.rope.tables(metadata.positions, kv_lengths)
-        local = self.config.local_rope.tables(metadata.positions, kv_lengths)
+        config = self.config
+        rope = config.rope.tables(metadata.positions)
+        local = rope if config.local_rope == config.rope else config.local_rope.tables(metadata.positions)
         updated = []
         for layer, cache in zip(self.model.layers, caches, strict=True):
             tables = rope if layer.self_attn.window is None else local

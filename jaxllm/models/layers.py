@@ -8,7 +8,8 @@ Each parameter says in its metadata where it comes from and how it may be sharde
   axes: logical axis names, one a dimension (see `sharding`).
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,12 @@ from jaxllm.models.rope import rotate
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
 RopeTables = tuple[jax.Array, jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def parameter(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], **metadata) -> nnx.Param:
@@ -78,6 +85,11 @@ class RMSNorm(nnx.Module):
         self.weight = parameter((size,), dtype, (None,), init="zeros" if unit_offset else "ones")
         self.eps, self.unit_offset = eps, unit_offset
 
+    @classmethod
+    def over_hidden(cls, config: DecoderConfig, *, dtype) -> "RMSNorm":
+        """The family's norm of hidden rows."""
+        return cls(config.hidden_size, config.rms_norm_eps, dtype=dtype, unit_offset=config.norm_unit_offset)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -96,50 +108,41 @@ class Embedding(nnx.Module):
         return self.weight[...][token_ids]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[R, embed] to float32[R, vocab]."""
-        return jnp.einsum("re,ve->rv", hidden, self.weight[...], preferred_element_type=jnp.float32)
+        """[R, embed] to float32[R, vocab]. The table stands on the left, where XLA:CPU's product is 1.3 to 1.9 times
+        faster; other backends choose the layout themselves."""
+        return jnp.einsum("ve,re->vr", self.weight[...], hidden, preferred_element_type=jnp.float32).T
 
 
 class Attention(nnx.Module):
     """Grouped-query attention over the paged cache. `group` is the index of its cache group."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        window: int | None,
-        group: int,
-        dtype,
-        norm: type[RMSNorm] | None = None,
-        unit_offset: bool = False,
-        fused_source: str | None = None,
-    ):
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+    def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim
         self.window, self.group = window, group
         self.scale, self.cap = config.attention_scale, config.attention_cap
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q, kv = self.heads * head_dim, self.kv_heads * head_dim
         self.qkv_proj = Linear(
-            config.hidden_size,
+            hidden,
             {"q_proj": q, "k_proj": kv, "v_proj": kv},
             dtype=dtype,
             axes=("embed", "heads"),
             bias=config.attention_bias,
-            source=fused_source,
+            source="qkv_proj" if config.fused_projections else None,
         )
-        self.o_proj = Linear(q, {"o_proj": config.hidden_size}, dtype=dtype, axes=("heads", "embed"))
-        self.q_norm = norm and norm(self.head_dim, config.rms_norm_eps, dtype=dtype, unit_offset=unit_offset)
-        self.k_norm = norm and norm(self.head_dim, config.rms_norm_eps, dtype=dtype, unit_offset=unit_offset)
+        self.o_proj = Linear(
+            q, {"o_proj": hidden}, dtype=dtype, axes=("heads", "embed"), bias=config.attention_out_bias
+        )
+        norm = functools.partial(RMSNorm, head_dim, config.rms_norm_eps, unit_offset=config.norm_unit_offset)
+        self.q_norm = norm(dtype=dtype) if config.qk_norm else None
+        self.k_norm = norm(dtype=dtype) if config.qk_norm else None
 
     def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
         q, k, v = split(linear(x, self.qkv_proj, metadata.linear), self.qkv_proj)
         q = q.reshape(-1, self.heads, self.head_dim)
         k = k.reshape(-1, self.kv_heads, self.head_dim)
         v = v.reshape(-1, self.kv_heads, self.head_dim)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
         out, cache = ragged_paged_attention(
@@ -159,7 +162,7 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)), gate and up fused."""
 
-    def __init__(self, config: DecoderConfig, *, dtype, fused_source: str | None = None):
+    def __init__(self, config: DecoderConfig, *, dtype):
         hidden, intermediate = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(
             hidden,
@@ -167,7 +170,7 @@ class GatedMLP(nnx.Module):
             dtype=dtype,
             axes=("embed", "mlp"),
             bias=config.mlp_bias,
-            source=fused_source,
+            source="gate_up_proj" if config.fused_projections else None,
         )
         self.down_proj = Linear(
             intermediate, {"down_proj": hidden}, dtype=dtype, axes=("mlp", "embed"), bias=config.mlp_bias
@@ -176,5 +179,4 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, metadata: StepMetadata) -> jax.Array:
         gate, up = split(linear(x, self.gate_up_proj, metadata.linear), self.gate_up_proj)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return linear(gate * up, self.down_proj, metadata.linear)
+        return linear(ACTIVATIONS[self.activation](gate) * up, self.down_proj, metadata.linear)

@@ -12,6 +12,7 @@ class LlamaForCausalLM(CausalLM):
 
     @classmethod
     def parse_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        bias = bool(hf.get("attention_bias"))
         return DecoderConfig.from_hf(
-            hf, attention_bias=bool(hf.get("attention_bias", False)), mlp_bias=bool(hf.get("mlp_bias", False))
+            hf, attention_bias=bias, attention_out_bias=bias, mlp_bias=bool(hf.get("mlp_bias"))
         )

@@ -7,8 +7,17 @@ from typing import Any
 from jaxllm.errors import UnsupportedModelError
 
 ARCHITECTURES = {
+    "Gemma2ForCausalLM": "jaxllm.models.gemma2",
+    "Gemma3ForCausalLM": "jaxllm.models.gemma3",
     "LlamaForCausalLM": "jaxllm.models.llama",
+    "MistralForCausalLM": "jaxllm.models.mistral",
+    "Phi3ForCausalLM": "jaxllm.models.phi3",
+    "Qwen2ForCausalLM": "jaxllm.models.qwen2",
+    "Qwen3ForCausalLM": "jaxllm.models.qwen3",
 }
+
+# Refused for a reason better than an unknown name.
+REFUSED = {"Gemma3ForConditionalGeneration": "it takes images; the models of text alone are Gemma3ForCausalLM"}
 
 
 def model_class(hf_config: Mapping[str, Any]):
@@ -17,6 +26,8 @@ def model_class(hf_config: Mapping[str, Any]):
     for name in architectures:
         if name in ARCHITECTURES:
             return getattr(importlib.import_module(ARCHITECTURES[name]), name)
+        if name in REFUSED:
+            raise UnsupportedModelError(f"architecture {name!r} is not supported: {REFUSED[name]}")
     raise UnsupportedModelError(
         f"architectures={architectures!r} are not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxllm.errors import UnsupportedModelError
 
+Frequencies = tuple[float, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -18,51 +20,54 @@ class Rope:
 
     Attributes:
       inverse_frequencies: radians a token for each rotated pair; 2 * len(...) leading dims of a head are rotated.
-      long_inverse_frequencies: those used once positions pass `original_max_position` (longrope), or None.
-      original_max_position: tokens the model was first trained on; only longrope looks at it.
       scale: what cosines and sines are multiplied by (longrope and yarn's attention factor).
+      long_inverse_frequencies: longrope's for sequences past `original_max_position` tokens, or None.
+      original_max_position: how many tokens the model was first trained on; only longrope looks at it.
+      is_long: the long ones are in effect.
     """
 
-    inverse_frequencies: tuple[float, ...]
-    long_inverse_frequencies: tuple[float, ...] | None = None
-    original_max_position: int = 0
+    inverse_frequencies: Frequencies
     scale: float = 1.0
+    long_inverse_frequencies: Frequencies | None = None
+    original_max_position: int = 0
+    is_long: bool = False
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], head_dim: int, max_position: int, *, theta: float | None = None) -> "Rope":
-        """Reads rope_theta, partial_rotary_factor and rope_scaling (or transformers 5's rope_parameters).
+    def from_hf(cls, parameters: Mapping[str, Any], head_dim: int, max_position: int) -> "Rope":
+        """Reads one rotary embedding's parameters as transformers 5 writes them: rope_type, rope_theta, factor, ….
 
-        Raises UnsupportedModelError for a rope_type other than default, linear, llama3 and longrope.
+        Frequencies are computed in float32, as transformers does, so that far positions get the same angles.
+
+        Raises:
+          UnsupportedModelError: a rope_type that is not in `_SCALINGS`, or one of its parameters is missing.
         """
-        scaling = dict(hf.get("rope_parameters") or {}) | dict(hf.get("rope_scaling") or {})
-        base = theta or scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
-        partial = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-        rotated = int(head_dim * partial)
-        frequencies = 1.0 / base ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind == "default":
-            return cls(tuple(frequencies))
-        if kind == "linear":
-            return cls(tuple(frequencies / scaling["factor"]))
-        if kind == "llama3":
-            return cls(tuple(_llama3(frequencies, scaling)))
-        if kind == "longrope":
-            return _longrope(frequencies, scaling, hf, max_position)
-        raise UnsupportedModelError(
-            f"rope_type={kind!r} is not supported; supported are default, linear, llama3 and longrope"
-        )
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        if kind not in _SCALINGS:
+            raise UnsupportedModelError(f"rope_type={kind!r} is not supported; supported are {', '.join(_SCALINGS)}")
+        theta = _number(parameters, "rope_theta", 10000.0)
+        rotated = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0))
+        if not 0 < rotated <= head_dim or rotated % 2:
+            raise UnsupportedModelError(
+                f"partial_rotary_factor={parameters.get('partial_rotary_factor')!r} rotates {rotated} of head_dim="
+                f"{head_dim} dims; the number must be even and positive"
+            )
+        exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+        return _SCALINGS[kind](np.float32(1) / np.float32(theta) ** exponents, parameters, max_position)
 
-    def tables(self, positions: jax.Array, kv_length: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines, float32[T, rotated / 2] each, of int32[T] positions.
+    def for_length(self, max_length: int) -> "Rope":
+        """The same where sequences have no more than `max_length` tokens.
 
-        `kv_length`, int32[T], is the length of each token's sequence so far: longrope changes tables by it.
+        LongRoPE has two sets of frequencies, for sequences up to `original_max_position` and for longer ones. Keys in
+        the cache are rotated already and may be shared, so one set serves all: the long one if a sequence may need it.
         """
-        frequencies = jnp.asarray(self.inverse_frequencies, jnp.float32)
-        if self.long_inverse_frequencies is not None:
-            assert kv_length is not None
-            long = jnp.asarray(self.long_inverse_frequencies, jnp.float32)
-            frequencies = jnp.where((kv_length > self.original_max_position)[:, None], long, frequencies)
-        angles = positions.astype(jnp.float32)[:, None] * frequencies
+        return dataclasses.replace(self, is_long=max_length > self.original_max_position)
+
+    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines, float32[T, rotated / 2] each, of int32[T] positions."""
+        frequencies = self.inverse_frequencies
+        if self.is_long and self.long_inverse_frequencies is not None:
+            frequencies = self.long_inverse_frequencies
+        angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
         return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
 
 
@@ -75,23 +80,84 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([part.astype(x.dtype) for part in rotated] + [x[..., 2 * half :]], axis=-1)
 
 
-def _llama3(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
+def _number(parameters: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = parameters.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UnsupportedModelError(f"rope parameter {name}={value!r}: must be a positive number")
+    return value
+
+
+def _frequencies(values: np.ndarray) -> Frequencies:
+    return tuple(float(value) for value in values.astype(np.float32))
+
+
+def _default(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -> Rope:
+    return Rope(_frequencies(plain))
+
+
+def _linear(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -> Rope:
+    """Position interpolation (Chen et al., 2023)."""
+    return Rope(_frequencies(plain / np.float32(_number(parameters, "factor"))))
+
+
+def _llama3(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -> Rope:
     """Llama 3.1's scaling: low frequencies divided by `factor`, high ones kept, those between blended."""
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling["original_max_position_embeddings"]
-    wavelengths = 2 * math.pi / frequencies
-    blend = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    return (1 - blend) * frequencies / factor + blend * frequencies
+    factor, low, high = (_number(parameters, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = _number(parameters, "original_max_position_embeddings", max_position)
+    wavelengths = np.float32(2 * math.pi) / plain
+    blend = np.clip((np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
+    return Rope(_frequencies((1 - blend) * plain / np.float32(factor) + blend * plain))
 
 
-def _longrope(frequencies: np.ndarray, scaling: Mapping[str, Any], hf: Mapping[str, Any], max_position: int) -> Rope:
-    """Phi-3's LongRoPE (Ding et al., 2024): per-pair factors, one set up to the first training length, one past it."""
-    original = scaling.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
-    original = original or max_position
-    factor = scaling.get("factor") or max_position / original
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
-    short = tuple(frequencies / np.asarray(scaling["short_factor"]))
-    long = tuple(frequencies / np.asarray(scaling["long_factor"]))
-    return Rope(short, long, original, attention_factor)
+def _yarn(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -> Rope:
+    """YaRN (Peng et al., 2023): pairs that turn often are kept, those that turn seldom divided by `factor`."""
+    original = _number(parameters, "original_max_position_embeddings", max_position)
+    factor = _number(parameters, "factor", max_position / original)
+
+    def attention(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    scale = parameters.get("attention_factor")
+    if scale is None:
+        mscale, everywhere = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        scale = attention(mscale) / attention(everywhere) if mscale and everywhere else attention(1.0)
+
+    pairs, theta = len(plain), _number(parameters, "rope_theta", 10000.0)
+
+    def pair(turns: float) -> float:
+        """Which pair turns so often within the original length."""
+        return pairs * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair(_number(parameters, "beta_fast", 32)), pair(_number(parameters, "beta_slow", 1))
+    if parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    ramp = np.clip((np.arange(pairs, dtype=np.float32) - first) / ((last - first) or 0.001), 0.0, 1.0)
+    return Rope(_frequencies(plain / np.float32(factor) * ramp + plain * (1 - ramp)), float(scale))
+
+
+def _longrope(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -> Rope:
+    """LongRoPE (Ding et al., 2024) as in Phi-3: a factor for each pair, in two sets."""
+    original = int(_number(parameters, "original_max_position_embeddings", max_position))
+    factor = _number(parameters, "factor", max_position / original)
+    scale = parameters.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    sets = []
+    for name in ("short_factor", "long_factor"):
+        factors = parameters.get(name)
+        if not isinstance(factors, list | tuple) or len(factors) != len(plain):
+            raise UnsupportedModelError(f"rope parameter {name}={factors!r}: must list {len(plain)} numbers")
+        sets.append(_frequencies(plain / np.asarray(factors, np.float32)))
+    return Rope(sets[0], float(scale), sets[1], original, is_long=max_position > original)
+
+
+_SCALINGS: dict[str, Callable[[np.ndarray, Mapping[str, Any], int], Rope]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -1,0 +1,68 @@
+"""Gemma 2 (Gemma team, 2024): norms before and after each half of a layer, soft caps, every other layer sliding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxllm.models.config import DecoderConfig, activation_of, layer_windows, positive, positive_float
+from jaxllm.models.decoder import CausalLM
+from jaxllm.models.layers import Attention, GatedMLP, RMSNorm, RopeTables
+from jaxllm.models.metadata import StepMetadata
+
+DEFAULTS = {
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+
+
+def gemma_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What Gemma 2 and 3 share. Raises UnsupportedModelError."""
+    cap, final_cap = hf["attn_logit_softcapping"], hf["final_logit_softcapping"]
+    return dict(
+        activation=activation_of(hf, "hidden_activation"),
+        attention_scale=positive_float(hf, "query_pre_attn_scalar") ** -0.5,
+        attention_bias=bool(hf.get("attention_bias")),
+        attention_out_bias=bool(hf.get("attention_bias")),
+        norm_unit_offset=True,
+        attention_cap=None if cap is None else positive_float(hf, "attn_logit_softcapping"),
+        final_cap=None if final_cap is None else positive_float(hf, "final_logit_softcapping"),
+        embedding_scale=positive(hf, "hidden_size") ** 0.5,
+    )
+
+
+class GemmaLayer(nnx.Module):
+    """Attention and MLP, each between two norms, each added to what came in."""
+
+    def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
+        self.input_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
+        self.self_attn = Attention(config, window=window, group=group, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
+        self.pre_feedforward_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
+        self.mlp = GatedMLP(config, dtype=dtype)
+        self.post_feedforward_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
+
+    def __call__(self, hidden, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
+        attended, cache = self.self_attn(self.input_layernorm(hidden), rope, cache, metadata)
+        hidden = hidden + self.post_attention_layernorm(attended)
+        fed = self.mlp(self.pre_feedforward_layernorm(hidden), metadata)
+        return hidden + self.post_feedforward_layernorm(fed), cache
+
+
+class Gemma2ForCausalLM(CausalLM):
+    """The decoder of Gemma's layers."""
+
+    layer_type = GemmaLayer
+
+    @classmethod
+    def parse_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        hf = DEFAULTS | dict(hf)
+        windows = layer_windows(hf, lambda layer: layer % 2 == 0)
+        return DecoderConfig.from_hf(hf, windows=windows, **gemma_fields(hf))

@@ -1,0 +1,55 @@
+"""Every family's logits against those of transformers in float32 (`scripts/make_model_goldens.py`)."""
+
+import numpy as np
+import pytest
+
+from tests.models.harness import GOLDENS, load_golden, run
+
+FAMILIES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+TOLERANCE = 1e-4  # of logits up to 20
+
+
+def golden(family: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(GOLDENS / family / "golden.npz") as arrays:
+        return arrays[f"tokens_{length}"], arrays[f"logits_{length}"]
+
+
+def check(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_prefill(family, backend):
+    tokens, logits = golden(family, 56)
+    check(run(load_golden(family), tokens, [56], backend, rung=64), logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks(family):
+    tokens, logits = golden(family, 56)
+    check(run(load_golden(family), tokens, [7, 16, 1, 15, 2, 15], "xla", rung=16), logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_by_token(family):
+    tokens, logits = golden(family, 56)
+    check(run(load_golden(family), tokens, [1] * 56, "xla", rung=2), logits)
+
+
+def test_longrope_short_side():
+    """Where no sequence passes the original length, the short factors serve; elsewhere the long ones, for short
+    sequences too."""
+    tokens, logits = golden("phi3_longrope", 24)
+    check(run(load_golden("phi3_longrope", max_length=32), tokens, [24], "xla", rung=32), logits)
+    with pytest.raises(AssertionError):
+        check(run(load_golden("phi3_longrope", max_length=33), tokens, [24], "xla", rung=32), logits)
+
+
+def test_caches():
+    """Layers of one window share a group, full attention first."""
+    caches = load_golden("gemma3").layer_caches()
+    assert [(cache.group, cache.window) for cache in caches] == [(1, 16), (1, 16), (0, None), (1, 16)]
+    assert [(cache.num_kv_heads, cache.head_dim) for cache in caches] == [(2, 24)] * 4
+    assert {(cache.group, cache.window) for cache in load_golden("mistral").layer_caches()} == {(0, 20)}
