@@ -140,10 +140,10 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return low
 
 
-def phases(cost: ModelCost, requests: Sequence[tuple[Sequence[int], int]]) -> Iterator[Work]:
+def phases(cost: ModelCost, requests: Sequence[tuple[list[int], int]]) -> Iterator[Work]:
     """The work of a workload, phase by phase: all prompts, then each decode step."""
     spans: list[tuple[int, int]] = []
-    previous: Sequence[int] = ()
+    previous: list[int] = []
     for prompt in sorted(prompt for prompt, _ in requests):  # so that neighbours share the longest prefixes
         spans.append((min(common_prefix(previous, prompt), len(prompt) - 1), len(prompt)))
         previous = prompt
@@ -164,7 +164,7 @@ class Floor:
     seconds: float | None
 
 
-def floor_of(cost: ModelCost, requests: Sequence[tuple[Sequence[int], int]], ceilings: Ceilings | None = None) -> Floor:
+def floor_of(cost: ModelCost, requests: Sequence[tuple[list[int], int]], ceilings: Ceilings | None = None) -> Floor:
     """The floor of a workload."""
     work, seconds = Work(), 0.0
     for phase in phases(cost, requests):

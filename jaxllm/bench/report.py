@@ -196,8 +196,8 @@ def plot_throughput(path: Path, model: str, session: Session, results: Sequence[
     for number, r in enumerate(results):
         ours = 1.0 if r.floor_share is None else r.floor_share
         by_engine["jaxllm"].append((number, ours))
-        for figure in peers.figures(model_name(model), r.workload, session.device, session.num_devices):
-            by_engine.setdefault(figure["engine"], []).append((number, ours / ratio_to(r, figure)))
+        for found in peers.figures(model_name(model), r.workload, session.device, session.num_devices):
+            by_engine.setdefault(found["engine"], []).append((number, ours / ratio_to(r, found)))
     figure = Figure(figsize=(1.6 * len(results) + 3, 4.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(by_engine)

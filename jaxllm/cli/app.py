@@ -3,8 +3,12 @@
 import typer
 
 from jaxllm.cli import bench
+from jaxllm.cli.chat import chat
+from jaxllm.cli.generate import generate
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command()(generate)
+app.command()(chat)
 app.add_typer(bench.app, name="bench")
 
 

@@ -36,7 +36,8 @@ def _check_plot(plot: Path | None) -> None:
 @engine_options(without=BENCH_ENGINE)
 def throughput(
     workloads: Annotated[
-        list[str] | None, typer.Argument(help="names of jaxllm.bench.workloads, or all (of the seven) [default: all]")
+        list[str] | None,
+        typer.Argument(help="names of jaxllm.bench.workloads (default: all, the seven for accelerators)"),
     ] = None,
     *,
     model: Model = "smollm2",
@@ -107,7 +108,7 @@ def latency(
 def serve(
     *,
     model: Model = "smollm2",
-    rate: Annotated[list[float] | None, typer.Option(help="requests/s; may be given again [default: 4]")] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="requests/s; may be given again (default: 4)")] = None,
     num_requests: Annotated[int, typer.Option(min=1, help="requests of each run")] = 256,
     mean_in: Annotated[int, typer.Option(min=2, help="mean prompt tokens")] = 512,
     mean_out: Annotated[int, typer.Option(min=2, help="mean output tokens")] = 128,

@@ -1,0 +1,37 @@
+"""Starting the engine for a command."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxllm.core.sampling_params import SamplingParams
+    from jaxllm.llm import LLM
+
+BYTES_A_TOKEN = 3.5  # of UTF-8; English text has 4 to 5, so that the estimate is rather too long
+
+
+def prompt_length(text: str) -> int:
+    """About how many tokens a text has. It only decides which step is compiled first."""
+    return int(len(text.encode()) / BYTES_A_TOKEN) + 1
+
+
+def open_llm(model: str, options: dict[str, Any], sampling: dict[str, Any], *, prompt_length: int) -> "LLM":
+    """An engine, started once the parameters are known to be good. Raises any of jaxllm.errors."""
+    from jaxllm.cli import wait_for_preload
+    from jaxllm.core.sampling_params import SamplingParams
+
+    SamplingParams(**sampling)
+    wait_for_preload()
+    from jaxllm.llm import LLM
+
+    return LLM(model, prompt_length=prompt_length, **options)
+
+
+def sampling_params(llm: "LLM", given: dict[str, Any]) -> "SamplingParams":
+    """The model's default parameters with those that were given over them; greedy if neither says how to sample."""
+    import dataclasses
+
+    model = llm.get_default_sampling_params()
+    silent = (model.temperature, model.top_p, model.top_k, model.min_p) == (1.0, 1.0, 0, 0.0)
+    if silent and not {"temperature", "top_p", "top_k", "min_p", "seed"} & given.keys():
+        given = {**given, "temperature": 0.0}
+    return dataclasses.replace(model, **given)
