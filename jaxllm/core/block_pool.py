@@ -48,10 +48,11 @@ class BlockPool:
 
     def _evict(self) -> int:
         page, _ = self._cached.popitem(last=False)
-        self._unname(page)
+        self.unname(page)
         return page
 
-    def _unname(self, page: int) -> None:
+    def unname(self, page: int) -> None:
+        """Lets nobody find a referenced page any more."""
         node = self.nodes[page]
         if node is not None:
             node.pages[self.group] = 0
@@ -84,7 +85,7 @@ class BlockPool:
     def unname_all(self) -> None:
         """Forgets all names; cached pages become free, referenced ones stay with their requests."""
         for page in range(1, self.num_pages):
-            self._unname(page)
+            self.unname(page)
         self._free.extend(self._cached)
         self._cached.clear()
 

@@ -273,12 +273,17 @@ class KVCache:
             table[i] = 0
         record.num_released[g] = max(record.num_released[g], keep)
 
-    def free(self, request: Request) -> None:
-        """Drops all the request's references, its last page first: a cached prefix is evicted from its end."""
+    def free(self, request: Request, forget: bool = False) -> None:
+        """Drops all the request's references, its last page first: a cached prefix is evicted from its end.
+
+        `forget`: nobody shall find these pages, for they may hold what broke the request (NaN).
+        """
         record = request.pages
         if record is not None:
             for g, (pool, table) in enumerate(zip(self.pools, record.tables, strict=True)):
                 for page in reversed(table[record.num_released[g] :]):
+                    if forget:
+                        pool.unname(page)
                     pool.release(page)
                 record.tables[g] = []
                 record.num_released[g] = 0

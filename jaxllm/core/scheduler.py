@@ -125,7 +125,10 @@ class Scheduler:
         return self.finish_request(request_id, Status.ABORTED)
 
     def finish_request(self, request_id: str, status: Status) -> Update | None:
-        """Ends a request for a reason found outside. What launched steps still bring for it is dropped."""
+        """Ends a request for a reason found outside. What launched steps still bring for it is dropped.
+
+        With ERROR its pages leave the prefix cache.
+        """
         request = self.requests.get(request_id)
         if request is None:
             return None
@@ -293,15 +296,15 @@ class Scheduler:
         if not request.num_pending:  # else `finish` queues it with its last pending token
             self._push(request)
 
-    def _release(self, request: Request) -> None:
-        self.kv_cache.free(request)
+    def _release(self, request: Request, forget: bool = False) -> None:
+        self.kv_cache.free(request, forget)
         self._free_slots.append(request.slot)
         request.slot = -1
 
     def _end(self, request: Request, status: Status) -> None:
         """All but the removal from `_running`."""
         if request.status is Status.RUNNING:
-            self._release(request)
+            self._release(request, forget=status is Status.ERROR)
         else:
             self._num_waiting_tokens -= request.num_prompt_tokens
         request.status = status

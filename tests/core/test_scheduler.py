@@ -357,6 +357,17 @@ def test_a_prefix_is_shared_and_counted() -> None:
     assert ("c", 0, 13, True) in step(scheduler)
 
 
+def test_pages_of_a_failed_request_are_not_found() -> None:
+    scheduler = make()
+    tokens = list(range(10, 23))
+    add(scheduler, request("a", list(tokens)))
+    step(scheduler)
+    scheduler.finish_request("a", Status.ERROR)
+    scheduler.check()
+    scheduler.add(request("b", list(tokens)))
+    assert step(scheduler) == [("b", 0, 13, True)]
+
+
 def test_pages_are_found_only_once_their_step_is_finished() -> None:
     scheduler = make()
     tokens = list(range(10, 18))
