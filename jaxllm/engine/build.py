@@ -10,13 +10,14 @@ from flax import nnx
 
 from jaxllm.checkpoint import Checkpoint, open_checkpoint
 from jaxllm.config import EngineConfig
+from jaxllm.core.expected import Expected
 from jaxllm.engine import platform
 from jaxllm.engine.compile import Executables, use_compilation_cache
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.executables import Forward, Lowering, Sample, row_rungs
 from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
 from jaxllm.engine.runner import Runner, layout_of
-from jaxllm.engine.sampling import GREEDY
+from jaxllm.engine.sampling import cover, variant_for
 from jaxllm.engine.step import StepShape
 from jaxllm.errors import ConfigError
 from jaxllm.models import loader
@@ -26,11 +27,12 @@ from sharding import make_mesh, replicated
 logger = logging.getLogger(__name__)
 
 
-def first_keys(plan: EnginePlan, prompt_length: int) -> list[Any]:
-    """What a first request with such a prompt needs: a prefill, a decode and a sampler."""
+def first_keys(plan: EnginePlan, expected: Expected) -> list[Any]:
+    """What such a first request needs: a prefill, a decode and a sampler."""
     rungs = plan.scheduler.token_rungs
-    prefill = next((rung for rung in rungs if rung >= prompt_length), rungs[-1])
-    return [Forward(prefill), Forward(rungs[0]), Sample(row_rungs(plan.scheduler.max_num_seqs)[0], GREEDY)]
+    variant = cover(variant_for([expected.params] if expected.params else []))
+    prefill = next((rung for rung in rungs if rung >= expected.prompt_length), rungs[-1])
+    return [Forward(prefill), Forward(rungs[0]), Sample(row_rungs(plan.scheduler.max_num_seqs)[0], variant)]
 
 
 def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, everywhere: Any, progress: bool) -> None:
@@ -45,13 +47,13 @@ def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, every
 
 
 def build_core(
-    config: EngineConfig, checkpoint: Checkpoint | None = None, *, prompt_length: int = 64, progress: bool = False
+    config: EngineConfig, checkpoint: Checkpoint | None = None, *, expected: Expected = Expected(), progress: bool = False
 ) -> EngineCore:
     """Opens the model, plans memory, compiles the first executables while the weights load.
 
     Args:
       checkpoint: already opened, or None to open `config.model`.
-      prompt_length: the length of the first prompt expected, whose prefill is compiled first.
+      expected: the first request, whose executables are compiled first.
       progress: show a progress bar of the weights.
 
     Raises what `open_checkpoint`, `plan_engine` and the loader raise.
@@ -70,7 +72,7 @@ def build_core(
     shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)
     lowering = Lowering(shape, plan, leaves, mesh)
     executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)))
-    executables.prepare(first_keys(plan, prompt_length))
+    executables.prepare(first_keys(plan, expected))
     _load(config, model, checkpoint, replicated(mesh), progress)
     leaves = jax.tree.leaves(model)
     runner = Runner(plan, shape, mesh, leaves, executables, lowering)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxllm.checkpoint import Checkpoint, open_checkpoint
 from jaxllm.config import EngineConfig
+from jaxllm.core.expected import Expected
 from jaxllm.engine.client import Client, InProcessClient, ProcessClient
 from jaxllm.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from jaxllm.frontend.inputs import ModelLimits, RequestBuilder
@@ -49,7 +50,7 @@ class FrontEngine:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def start_engine(config: EngineConfig, *, prompt_length: int = 64, progress: bool = False) -> FrontEngine:
+def start_engine(config: EngineConfig, *, expected: Expected = Expected(), progress: bool = False) -> FrontEngine:
     """Opens the model and starts its core, in this process or in its own. Raises any of jaxllm.errors."""
     checkpoint = open_checkpoint(config.model, config.revision)
     with ThreadPoolExecutor(1, "tokenizer") as pool:
@@ -60,7 +61,7 @@ def start_engine(config: EngineConfig, *, prompt_length: int = 64, progress: boo
         else:
             from jaxllm.engine.build import build_core  # here: the front of a core elsewhere needs no JAX
 
-            client = InProcessClient(build_core(config, checkpoint, prompt_length=prompt_length, progress=progress))
+            client = InProcessClient(build_core(config, checkpoint, expected=expected, progress=progress))
         try:
             limits = ModelLimits(client.ready.vocab_size, client.ready.max_model_len)
             builder = RequestBuilder(

@@ -1,0 +1,18 @@
+"""What an engine may get ready for before the first request comes."""
+
+import dataclasses
+
+from jaxllm.core.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """The first request, as far as it is known when the engine starts.
+
+    Attributes:
+      prompt_length: tokens of its prompt.
+      params: its sampling parameters; None expects greedy decoding.
+    """
+
+    prompt_length: int = 64
+    params: SamplingParams | None = None
