@@ -1,5 +1,4 @@
 import random
-import time
 from typing import Any
 
 import pytest
@@ -194,13 +193,11 @@ def test_equal_prefixes_share_a_node_and_dead_ones_vanish() -> None:
     assert len(index._nodes) == 1  # the root
 
 
-def test_a_long_prefix_is_freed_without_recursion_and_found_fast() -> None:
+def test_a_long_prefix_is_freed_and_found_without_recursion() -> None:
     cache = KVCache([CacheGroup("full", 70_000, 1)])
     req = request(list(range(60_000)))
     cache.free(compute(cache, req))
-    start = time.perf_counter()
     assert hit(cache, req) == 59_999
-    assert time.perf_counter() - start < 1
     del req
     cache.reset_prefix_cache()
     cache.check([])
