@@ -48,8 +48,8 @@ def _forbid_completions(
     # Only the output is looked at, as in vLLM: -2 equals neither a token nor the padding.
     tail = jnp.where(index >= rows.prompt_len[:, None], tail, -2)
     ends_so = jnp.all((prefix == -1) | (prefix == tail[:, None, :]), axis=2)
-    local = last - offset
-    forbidden = rows.uses(Uses.BAD_WORDS)[:, None] & ends_so & (last >= 0) & (local >= 0) & (local < vocab)
+    local = last - offset  # padding, -1, is negative and so falls out below
+    forbidden = rows.uses(Uses.BAD_WORDS)[:, None] & ends_so & (local >= 0) & (local < vocab)
     column = jnp.where(forbidden, local, vocab)
     return logits.at[jnp.arange(num_rows)[:, None], column].set(-jnp.inf, mode="drop")
 

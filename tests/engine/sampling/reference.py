@@ -82,7 +82,7 @@ def probabilities(row: Row, slack: float = 0.0) -> np.ndarray:
     """float64[V]: the exact distribution of the row's token; greedy rows put it all on the first maximum."""
     x, p = adjusted_logits(row), row.params
     if p.temperature == 0:
-        return np.eye(len(x))[int(np.argmax(x))]
+        return (np.arange(len(x)) == np.argmax(x)).astype(np.float64)
     x = (x - x.max()) / p.temperature
     return softmax(np.where(kept(x, p, slack), x, -np.inf))
 
