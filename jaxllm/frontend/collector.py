@@ -20,7 +20,7 @@ class RequestCollector:
     def __init__(self, prepared: PreparedRequest, tokenizer: Tokenizer | None):
         params = prepared.params
         self._params, self._tokenizer = params, tokenizer
-        self._eos = prepared.eos_token_ids
+        self._eos = frozenset() if params.ignore_eos else prepared.eos_token_ids
         first = prepared.sequences[0]
         detokenize = tokenizer if params.detokenize else None
         self._texts = [
@@ -86,7 +86,8 @@ class RequestCollector:
         sample.token_ids += delta.token_ids
         sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
         if delta.logprobs is not None:
-            sample.logprobs = (sample.logprobs or []) + delta.logprobs
+            sample.logprobs = [] if sample.logprobs is None else sample.logprobs
+            sample.logprobs += delta.logprobs
             sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + (delta.cumulative_logprob or 0.0)
         if sample.finish_reason is not None:
             sample.text = self._texts[sample.index].text

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.core.seeds import derive_seed
 from jaxllm.engine.messages import AddRequest
 from jaxllm.errors import InvalidRequestError
+from jaxllm.text.bad_words import bad_word_sequences
+from jaxllm.text.output import OutputText
 from jaxllm.text.tokenizer import Tokenizer
 
 
@@ -89,7 +92,7 @@ class RequestBuilder:
         text: str | None = None
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
-                prompt = prompt["prompt_token_ids"]
+                prompt = prompt["prompt_token_ids"]  # type: ignore[typeddict-item]
             elif "prompt" in prompt:
                 prompt = prompt["prompt"]
             else:
@@ -98,20 +101,29 @@ class RequestBuilder:
             if self.tokenizer is None:
                 raise InvalidRequestError("prompt", prompt, "this model has no tokenizer: give prompt_token_ids")
             text, ids = prompt, self.tokenizer.encode(prompt)
-        elif isinstance(prompt, Sequence) or hasattr(prompt, "tolist"):
-            ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+            if ids and max(ids) >= self.limits.vocab_size:
+                limit = f"its token {max(ids)} is not in the model's vocabulary of {self.limits.vocab_size}"
+                raise InvalidRequestError("prompt", prompt, limit)
         else:
-            raise InvalidRequestError("prompt", prompt, "must be text or token ids")
+            ids = self._checked_ids("prompt_token_ids", prompt)
         if not ids:
             raise InvalidRequestError("prompt", prompt, "must hold at least one token")
-        if len(ids) >= self.limits.max_model_len:
-            limit = f"{len(ids)} tokens; max_model_len={self.limits.max_model_len} leaves room for one output token at most"
+        most = self.limits.max_model_len - 1
+        if len(ids) > most:
+            limit = f"has {len(ids)} tokens; at most {most}, max_model_len less one for the output"
             raise InvalidRequestError("prompt", text if text is not None else ids, limit)
-        for token in ids:
+        return text, ids
+
+    def _checked_ids(self, field: str, ids: Any) -> list[int]:
+        """A list of the token ids in a sequence or an array. Raises InvalidRequestError."""
+        listed = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes, bytearray)):
+            raise InvalidRequestError(field, ids, "must be text or a sequence of token ids")
+        for token in listed:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.limits.vocab_size:
                 limit = f"token ids must be integers in [0, {self.limits.vocab_size})"
-                raise InvalidRequestError("prompt_token_ids", token, limit)
-        return text, ids
+                raise InvalidRequestError(field, token, limit)
+        return list(listed)
 
     def build(
         self,
@@ -137,22 +149,17 @@ class RequestBuilder:
         Raises:
           InvalidRequestError: naming the field, its value and the limit.
         """
-        from jaxllm.engine.sampling import bad_word_sequences, derive_seed
-
-        params = self.default_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError("sampling_params", params, "must be a SamplingParams")
+        params = self._checked_params(params)
+        _check_envelope(request_id, priority, cache_salt)
         text, ids = self.token_ids(prompt)
-        params.check_vocabulary(self.limits.vocab_size)
-        emitted = list(output_token_ids)
-        if emitted:
-            if params.n != 1:
-                raise InvalidRequestError("n", params.n, "a request with output_token_ids has one sample")
-            self.token_ids(emitted)
         room = self.limits.max_model_len - len(ids)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if len(emitted) >= min(max_tokens, room):
-            raise InvalidRequestError("output_token_ids", len(emitted), f"must be fewer than {min(max_tokens, room)}")
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        stops = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stops |= self.eos_token_ids
+        emitted = self._checked_ids("output_token_ids", output_token_ids)
+        if emitted:
+            self._check_emitted(ids, emitted, params, stops, max_tokens)
         words: list[list[int]] = []
         if params.bad_words:
             tokenizer = self.tokenizer
@@ -161,9 +168,6 @@ class RequestBuilder:
             words = bad_word_sequences(params.bad_words, lambda word: tokenizer.encode(word, add_special_tokens=False))
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError("stop", params.stop, "this model has no tokenizer")
-        stops = set(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stops |= self.eos_token_ids
         self._num_requests += 1
         request_id = request_id or f"request-{self._num_requests}"
         seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
@@ -190,3 +194,65 @@ class RequestBuilder:
             for sequence in sequences[1:]:
                 sequence.params = dataclasses.replace(single, prompt_logprobs=None)
         return PreparedRequest(request_id, text, ids, params, sequences, self.eos_token_ids)
+
+    def _checked_params(self, params: SamplingParams | None) -> SamplingParams:
+        """A copy, checked once more: the caller may have changed fields since, and may change them later."""
+        if params is None:
+            return self.default_params()
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("sampling_params", params, "must be a SamplingParams")
+        params = dataclasses.replace(params)
+        for field in ("allowed_token_ids", "stop_token_ids", "stop", "bad_words"):
+            if getattr(params, field) is not None:
+                setattr(params, field, list(getattr(params, field)))
+        for field in ("stop", "bad_words"):
+            for text in getattr(params, field) or ():
+                _check_unicode(field, text)
+        params.check_vocabulary(self.limits.vocab_size)
+        return params
+
+    def _check_emitted(
+        self, ids: list[int], emitted: list[int], params: SamplingParams, stops: set[int], max_tokens: int
+    ) -> None:
+        """Raises InvalidRequestError unless a request with this output can go on."""
+        if params.n != 1:
+            raise InvalidRequestError("n", params.n, "a request with output_token_ids has one sample")
+        if len(emitted) >= max_tokens:
+            limit = f"holds {len(emitted)} tokens, must hold fewer than max_tokens={max_tokens}"
+            raise InvalidRequestError("output_token_ids", emitted, limit)
+        ended = next((token for token in emitted if token in stops), None)
+        if ended is not None:
+            raise InvalidRequestError("output_token_ids", ended, "is a stop token: this output has ended")
+        if params.stop and self.tokenizer is not None:
+            text = OutputText(
+                self.tokenizer,
+                ids,
+                emitted,
+                stop=params.stop,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            if text.stop_string is not None:
+                limit = f"holds the stop string {text.stop_string!r}: this output has ended"
+                raise InvalidRequestError("output_token_ids", emitted, limit)
+
+
+def _check_envelope(request_id: object, priority: object, cache_salt: object) -> None:
+    """Raises InvalidRequestError for what the scheduler cannot order or name a request by."""
+    if request_id is not None and (not isinstance(request_id, str) or not request_id):
+        raise InvalidRequestError("request_id", request_id, "must be a non-empty string")
+    if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
+        raise InvalidRequestError("priority", priority, "must be a 64-bit integer")
+    if not isinstance(cache_salt, str):
+        raise InvalidRequestError("cache_salt", cache_salt, "must be a string")
+    _check_unicode("request_id", request_id or "")
+    _check_unicode("cache_salt", cache_salt)
+
+
+def _check_unicode(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        limit = f"must be valid Unicode; character {error.start} is a lone surrogate"
+        raise InvalidRequestError(field, text, limit) from None

@@ -1,13 +1,12 @@
 """The sampler: parameters from the host, logits on the device, one token a row."""
 
 from jaxllm.engine.sampling.logprobs import logprobs_of
-from jaxllm.engine.sampling.noise import Purpose, derive_seed
+from jaxllm.engine.sampling.noise import Purpose
 from jaxllm.engine.sampling.rows import RowParams, SlotTables, Uses
 from jaxllm.engine.sampling.sampler import Sampled, sample
 from jaxllm.engine.sampling.slot_params import (
     NUM_COLUMNS,
     SlotParams,
-    bad_word_sequences,
     bad_words_rows,
     bias_row,
     needs_tables,
@@ -42,11 +41,9 @@ __all__ = [
     "SlotParams",
     "SlotTables",
     "Uses",
-    "bad_word_sequences",
     "bad_words_rows",
     "bias_row",
     "cover",
-    "derive_seed",
     "is_wide",
     "logprobs_of",
     "needs_tables",

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_MASK64 = 2**64 - 1
 _POSITION_BITS = 28
 
 
@@ -14,24 +13,6 @@ class Purpose(enum.IntEnum):
     """What a draw is for: draws for different purposes at one position are independent. At most 16 members."""
 
     SAMPLE = 0
-
-
-def _mix64(value: int) -> int:
-    """The splitmix64 step (Steele, Lea, Flood 2014): a bijection of 64-bit integers."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def derive_seed(seed: int, sample_index: int) -> int:
-    """The 64-bit unsigned seed of sample `sample_index` of a request (`n > 1`).
-
-    Index 0 keeps the seed itself, so that the first of n samples is what n = 1 would have given; the others are a
-    64-bit mix of both, distinct for one seed. A negative seed counts modulo 2**64.
-    """
-    seed &= _MASK64
-    return seed if sample_index == 0 else _mix64(_mix64(seed) ^ sample_index)
 
 
 def threefry2x32(key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

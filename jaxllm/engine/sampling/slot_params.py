@@ -1,6 +1,6 @@
 """The host's side of sampling: each slot's parameters as one row of integers, and the tables that some slots need."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 from jaxllm.core.request import Request
 from jaxllm.core.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
 from jaxllm.engine.sampling.rows import RowParams, Uses
-from jaxllm.errors import InvalidRequestError
+from jaxllm.text.bad_words import check_bad_words
 
 _ROW = np.dtype(
     [
@@ -128,33 +128,3 @@ def bad_words_rows(bad_words: TokenSequences) -> np.ndarray:
     for index, word in enumerate(word for word in bad_words if len(word) > 1):
         rows[index, MAX_BAD_WORD_TOKENS - len(word) :] = word
     return rows
-
-
-def check_bad_words(bad_words: TokenSequences) -> None:
-    """Raises InvalidRequestError for more than 128 sequences or one longer than 16 tokens."""
-    if len(bad_words) > MAX_BAD_WORDS:
-        raise InvalidRequestError("bad_words", len(bad_words), f"at most {MAX_BAD_WORDS} token sequences")
-    for word in bad_words:
-        if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
-            raise InvalidRequestError("bad_words", list(word), f"sequences of 1 to {MAX_BAD_WORD_TOKENS} tokens")
-
-
-def bad_word_sequences(bad_words: Sequence[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """The token sequences of `SamplingParams.bad_words`, checked.
-
-    As in vLLM, each word is taken with and without a space before it; the one with a space counts only if it is a
-    different sequence of the same length (a tokenizer that splits the space off would forbid the space's follower).
-
-    Args:
-      bad_words: the strings.
-      encode: text to token ids, without special tokens.
-    """
-    sequences: list[list[int]] = []
-    for word in bad_words:
-        plain, spaced = encode(word.lstrip()), encode(" " + word.lstrip())
-        if plain:
-            sequences.append(plain)
-        if spaced and (not plain or (spaced[0] != plain[0] and len(spaced) == len(plain))):
-            sequences.append(spaced)
-    check_bad_words(sequences)
-    return sequences

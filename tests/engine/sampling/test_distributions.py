@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from jaxllm.core.sampling_params import SamplingParams
-from jaxllm.engine.sampling import EVERYTHING, FILTERS, RANDOM, derive_seed, unpack
+from jaxllm.core.seeds import derive_seed
+from jaxllm.engine.sampling import EVERYTHING, FILTERS, RANDOM, unpack
 from jaxllm.engine.sampling.noise import gumbel
 from tests.engine.sampling.harness import jit_sample, upload
 from tests.engine.sampling.reference import Row, probabilities

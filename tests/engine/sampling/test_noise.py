@@ -5,7 +5,8 @@ import pytest
 from jax.extend.random import threefry2x32_p
 
 from jaxllm.core.sampling_params import SamplingParams
-from jaxllm.engine.sampling import RANDOM, Purpose, derive_seed
+from jaxllm.core.seeds import derive_seed
+from jaxllm.engine.sampling import RANDOM, Purpose
 from jaxllm.engine.sampling.noise import gumbel, threefry2x32
 from tests.engine.sampling.harness import run
 from tests.engine.sampling.reference import Row

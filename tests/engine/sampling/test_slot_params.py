@@ -7,7 +7,6 @@ from jaxllm.engine.sampling import (
     NUM_COLUMNS,
     SlotParams,
     Uses,
-    bad_word_sequences,
     bad_words_rows,
     bias_row,
     needs_tables,
@@ -15,6 +14,7 @@ from jaxllm.engine.sampling import (
     unpack,
 )
 from jaxllm.errors import InvalidRequestError
+from jaxllm.text.bad_words import bad_word_sequences
 from tests.engine.sampling.harness import request_of
 from tests.engine.sampling.reference import Row
 
