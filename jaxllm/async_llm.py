@@ -1,6 +1,7 @@
 """Online generation: `AsyncLLM` streams many requests at once from one event loop."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 from jaxllm.config import config_from
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.messages import Finish, StepOutputs, Utility, UtilityResult
-from jaxllm.errors import EngineDeadError, JaxllmError
+from jaxllm.errors import EngineDeadError, InvalidRequestError, JaxllmError
 from jaxllm.frontend.collector import RequestCollector
 from jaxllm.frontend.engine import FrontEngine, Message, start_engine
 from jaxllm.frontend.inputs import Prompt
@@ -49,10 +50,11 @@ class _Live:
 
 def _merge(first: CompletionOutput, second: CompletionOutput) -> None:
     first.text += second.text
-    first.token_ids = first.token_ids + second.token_ids
+    first.token_ids += second.token_ids
     first.finish_reason, first.stop_reason = second.finish_reason, second.stop_reason
     if second.logprobs is not None:
-        first.logprobs = (first.logprobs or []) + second.logprobs
+        first.logprobs = [] if first.logprobs is None else first.logprobs
+        first.logprobs += second.logprobs
         first.cumulative_logprob = (first.cumulative_logprob or 0.0) + (second.cumulative_logprob or 0.0)
 
 
@@ -119,6 +121,8 @@ class AsyncLLM:
         async with self._slots:
             if self._dead is not None:
                 raise self._dead
+            if prepared.request_id in self._requests or any(s.id in self._live for s in prepared.sequences):
+                raise InvalidRequestError("request_id", prepared.request_id, "must be unique among live requests")
             collector = RequestCollector(prepared, self.builder.tokenizer)
             live = _Live(collector)
             self._requests[prepared.request_id] = collector
@@ -146,7 +150,9 @@ class AsyncLLM:
             if live.collector.output.finished and not live.unread:
                 return
 
-    async def complete(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+    async def complete(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
+    ) -> RequestOutput:
         """`generate`, read to its end: the whole output."""
         prepared_id = options.setdefault("request_id", f"complete-{next(self._calls)}")
         collector: RequestCollector | None = None
@@ -190,7 +196,8 @@ class AsyncLLM:
     def _withdraw(self, collector: RequestCollector) -> None:
         ids = [sequence_id for sequence_id in collector.sequence_ids if self._live.pop(sequence_id, None)]
         if ids and self._dead is None:
-            self._client.send(Finish(ids))
+            with contextlib.suppress(EngineDeadError):
+                self._client.send(Finish(ids))
 
     # The engine's thread
 
@@ -204,10 +211,8 @@ class AsyncLLM:
             death = error if isinstance(error, JaxllmError) else EngineDeadError(f"{type(error).__name__}: {error}")
             if not isinstance(error, JaxllmError):
                 logger.exception("the engine has failed")
-            try:
+            with contextlib.suppress(RuntimeError):  # the event loop may have ended before the engine
                 self._loop.call_soon_threadsafe(self._die, death)
-            except RuntimeError:
-                pass  # the event loop has ended before the engine
 
     def _take(self, messages: list) -> None:
         for message in messages:
@@ -216,6 +221,8 @@ class AsyncLLM:
                     self._deliver(output)
             elif isinstance(message, UtilityResult):
                 future = self._utilities.pop(message.call)
+                if future.done():
+                    continue  # whoever asked has given up
                 if message.error is None:
                     future.set_result(message.value)
                 else:
@@ -225,13 +232,19 @@ class AsyncLLM:
         live = self._live.get(output.id)
         if live is None:
             return
-        delta = live.collector.add(output)
+        try:
+            delta = live.collector.add(output)
+        except Exception as error:  # its fault alone: the others' outputs are in the same message
+            logger.exception("request %s", output.id)
+            live.fail(JaxllmError(f"{type(error).__name__}: {error}"))
+            return
         if delta is not None:
             if delta.finished:
                 del self._live[output.id]
             live.put(delta)
         if live.collector.to_stop:
-            self._client.send(Finish(live.collector.to_stop, reason="stop"))
+            with contextlib.suppress(EngineDeadError):  # whoever receives gets to know
+                self._client.send(Finish(live.collector.to_stop, reason="stop"))
             live.collector.to_stop = []
 
     def _die(self, error: JaxllmError) -> None:
@@ -243,5 +256,3 @@ class AsyncLLM:
             if not future.done():
                 future.set_exception(error)
         self._utilities.clear()
-
-

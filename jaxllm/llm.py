@@ -1,17 +1,23 @@
 """Offline generation: `LLM` runs the engine on the caller's thread."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import config_from
+from jaxllm.core.expected import Expected
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.messages import Finish, StepOutputs, Utility, UtilityResult
+from jaxllm.errors import EngineDeadError, InvalidRequestError
 from jaxllm.frontend.collector import RequestCollector
 from jaxllm.frontend.engine import FrontEngine, Message, start_engine
 from jaxllm.frontend.inputs import PreparedRequest, Prompt
 from jaxllm.frontend.outputs import CompletionOutput, RequestOutput
 from jaxllm.frontend.progress import TokenProgress
+
+if TYPE_CHECKING:
+    from jaxllm.frontend.beam_search import BeamSearchOutput, BeamSearchParams
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -21,16 +27,18 @@ class LLM:
 
     Args:
       model: "smollm2" (the default model), a Hugging Face directory or id, or a .gguf file.
-      prompt_length: tokens of the first prompt expected; its step is compiled first.
+      expected: the first request, if it is known: what it needs is compiled first.
       progress: show progress bars.
       options: the fields of `jaxllm.config.EngineConfig`.
 
     Raises any of `jaxllm.errors`.
     """
 
-    def __init__(self, model: str = "smollm2", *, prompt_length: int = 64, progress: bool = False, **options: Any):
+    def __init__(
+        self, model: str = "smollm2", *, expected: Expected | None = None, progress: bool = False, **options: Any
+    ):
         config = config_from(str(model), options)
-        self._engine: FrontEngine = start_engine(config, prompt_length=prompt_length, progress=progress)
+        self._engine: FrontEngine = start_engine(config, expected=expected, progress=progress)
         self._client, self._builder = self._engine.client, self._engine.builder
         self._collectors: dict[str, RequestCollector] = {}  # by sequence id
         self._deltas: dict[str, list[CompletionOutput]] = {}  # of open streams, by request id
@@ -49,6 +57,20 @@ class LLM:
     def get_tokenizer(self):
         """The model's tokenizer. Raises InvalidRequestError if it has none."""
         return self._engine.tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can come in and go out: random weights may have none."""
+        return self._builder.tokenizer is not None
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an output."""
+        return self._builder.eos_token_ids
+
+    def token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, if it is one, and its token ids. Raises InvalidRequestError."""
+        return self._builder.token_ids(prompt)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """SamplingParams with the model's generation_config as defaults."""
@@ -81,7 +103,7 @@ class LLM:
         params = list(_each(sampling_params, len(listed)))
         priorities = [0] * len(listed) if priority is None else list(priority)
         if len(priorities) != len(listed):
-            raise ValueError(f"{len(priorities)} priorities for {len(listed)} prompts")
+            raise InvalidRequestError("priority", priorities, f"{len(priorities)} for {len(listed)} prompts")
         prepared = [
             self._builder.build(prompt, p, priority=rank, cache_salt=cache_salt)
             for prompt, p, rank in zip(listed, params, priorities, strict=True)
@@ -130,15 +152,21 @@ class LLM:
             while not collector.output.finished or deltas:
                 if not deltas:
                     self._receive()
-                yield from _drain(deltas)
+                if collector.error is None:
+                    yield from _drain(deltas)
+                deltas.clear()
             if collector.error is not None:
                 raise collector.error
         finally:
             del self._deltas[prepared.request_id]
             self._withdraw([collector])
 
-    def beam_search(self, prompts, params):
-        """See `jaxllm.frontend.beam_search`."""
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: "BeamSearchParams") -> list["BeamSearchOutput"]:
+        """The most likely continuations of prompts, see `jaxllm.frontend.beam_search`; in the prompts' order.
+
+        Raises:
+          InvalidRequestError: a prompt is refused, or leaves no room for max_tokens.
+        """
         from jaxllm.frontend.beam_search import beam_search
 
         return beam_search(self, _listed(prompts), params)
@@ -170,14 +198,16 @@ class LLM:
     def _call(self, name: str) -> Any:
         call = next(self._calls)
         self._client.send(Utility(call, name))
-        while True:
+        answer: UtilityResult | None = None
+        while answer is None:
             for message in self._client.receive(timeout=1.0):
                 if isinstance(message, UtilityResult) and message.call == call:
-                    if message.error is not None:
-                        raise RuntimeError(message.error)
-                    return message.value
-                if isinstance(message, StepOutputs):
+                    answer = message
+                elif isinstance(message, StepOutputs):
                     self._dispatch(message)
+        if answer.error is not None:
+            raise RuntimeError(answer.error)
+        return answer.value
 
     def _submit(self, prepared: PreparedRequest) -> RequestCollector:
         collector = RequestCollector(prepared, self._builder.tokenizer)
@@ -192,7 +222,8 @@ class LLM:
         if ids:
             for sequence_id in ids:
                 del self._collectors[sequence_id]
-            self._client.send(Finish(ids))
+            with contextlib.suppress(EngineDeadError):
+                self._client.send(Finish(ids))
 
     def _receive(self) -> list[tuple[str, CompletionOutput]]:
         """One turn of the engine: what is new, by sequence id."""
@@ -248,8 +279,10 @@ def _drain(deltas: list[CompletionOutput]) -> Iterator[CompletionOutput]:
 
 def _listed(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list of prompts."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]  # type: ignore[list-item]
+    if isinstance(prompts, (str, bytes, Mapping)) or getattr(prompts, "ndim", None) == 1:
+        return [prompts]
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "tolist"):
+        raise InvalidRequestError("prompts", prompts, "must be one prompt or a sequence of prompts")
     if len(prompts) and isinstance(prompts[0], int):
         return [prompts]
     return list(prompts)
@@ -259,5 +292,5 @@ def _each(params: Params, count: int) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts")
+        raise InvalidRequestError("sampling_params", len(params), f"must be one or {count}, one a prompt")
     return params

@@ -47,7 +47,11 @@ def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, every
 
 
 def build_core(
-    config: EngineConfig, checkpoint: Checkpoint | None = None, *, expected: Expected = Expected(), progress: bool = False
+    config: EngineConfig,
+    checkpoint: Checkpoint | None = None,
+    *,
+    expected: Expected | None = None,
+    progress: bool = False,
 ) -> EngineCore:
     """Opens the model, plans memory, compiles the first executables while the weights load.
 
@@ -72,7 +76,7 @@ def build_core(
     shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)
     lowering = Lowering(shape, plan, leaves, mesh)
     executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)))
-    executables.prepare(first_keys(plan, expected))
+    executables.prepare(first_keys(plan, expected or Expected()))
     _load(config, model, checkpoint, replicated(mesh), progress)
     leaves = jax.tree.leaves(model)
     runner = Runner(plan, shape, mesh, leaves, executables, lowering)

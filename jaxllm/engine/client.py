@@ -1,10 +1,14 @@
 """The engine core behind one interface, in this process or in one of its own."""
 
 import collections
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Protocol
 
@@ -36,31 +40,59 @@ class InProcessClient:
     def __init__(self, core) -> None:
         self._core = core
         self._inbox: collections.deque[ToCore] = collections.deque()
+        self._outbox: list[FromCore] = []
         self._wake = threading.Event()
-        self._closed = False
+        self._ended: str | None = None  # why, once it has
         self.ready: Ready = core.ready()
 
     def send(self, message: ToCore) -> None:
-        if self._closed:
-            raise EngineDeadError("the engine has been closed")
+        self._check()
         self._inbox.append(message)
         self._wake.set()
 
     def receive(self, timeout: float) -> list[FromCore]:
-        if not self._inbox and not self._core.has_work and not self._closed:
+        if not (self._outbox or self._inbox or self._core.has_work or self._ended):
             self._wake.wait(timeout)
         self._wake.clear()
-        if self._closed:
-            raise EngineDeadError("the engine has been closed")
-        while self._inbox:
-            self._core.handle(self._inbox.popleft())
-        return self._core.step() if self._core.has_work else []
+        self._check()
+        with _between_steps():
+            try:
+                while self._inbox:
+                    self._core.handle(self._inbox.popleft())
+                if self._core.has_work:
+                    self._outbox += self._core.step()
+            except BaseException as error:
+                self._check()  # closed meanwhile: that is why
+                self._ended = f"the engine has failed: {type(error).__name__}: {error}"
+                raise
+        messages, self._outbox = self._outbox, []
+        return messages
+
+    def _check(self) -> None:
+        if self._ended is not None:
+            raise EngineDeadError(self._ended)
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._wake.set()
-            self._core.close()
+        self._ended = self._ended or "the engine has been closed"
+        self._wake.set()
+        self._core.close()
+
+
+@contextlib.contextmanager
+def _between_steps() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block: the core's state is whole only between steps."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interrupted = []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 class ProcessClient:
@@ -71,11 +103,17 @@ class ProcessClient:
         with theirs:
             command = [sys.executable, "-m", "jaxllm.engine.process", str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        self._connection = Connection(ours.detach())
+        self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
         self._lock = threading.Lock()
-        self._connection.send_bytes(msgspec.msgpack.encode(config))
-        first = self._receive_one()
-        assert isinstance(first, Ready)
+        self._closed = False
+        try:
+            with self._lock:
+                self._connection.send_bytes(msgspec.msgpack.encode(config))
+            first = self._receive_one()
+            assert isinstance(first, Ready)
+        except BaseException:
+            self.close()
+            raise
         self.ready = first
 
     def send(self, message: ToCore) -> None:
@@ -104,6 +142,8 @@ class ProcessClient:
         return message
 
     def _death(self) -> EngineDeadError:
+        if self._closed:
+            return EngineDeadError("the engine has been closed")
         try:
             code: int | str = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -111,8 +151,10 @@ class ProcessClient:
         return EngineDeadError(f"the engine process {self._process.pid} has ended (exit status {code})")
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        self._closed = True
+        # Not closed but shut down: other threads may be in the middle of sending and receiving, and get to know.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -128,4 +170,3 @@ def _typed_error(message: Dead) -> Exception:
     if isinstance(kind, type) and issubclass(kind, errors.JaxllmError) and kind is not errors.InvalidRequestError:
         return kind(message.error)
     return EngineDeadError(f"{message.kind}: {message.error}")
-

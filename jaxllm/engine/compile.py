@@ -72,8 +72,8 @@ class Executables:
             future = self._futures[key]
         return future.result()
 
-    def first_ready(self, keys: list[Key]) -> Key:
-        """The first of `keys` that is ready; if none is, the first of them that is being compiled, or simply the first."""
+    def first_ready[K: Hashable](self, keys: list[K]) -> K:
+        """The first of `keys` that is ready; if none is, the first that is being compiled, or simply the first."""
         for key in keys:
             if self.ready(key):
                 return key

@@ -1,6 +1,6 @@
 """The engine core: schedulers and a runner, folded over steps so that the host never waits for the device's last one.
 
-    pending = launch(schedule()); finish(previous); previous = pending
+pending = launch(schedule()); finish(previous); previous = pending
 """
 
 import logging
@@ -184,6 +184,8 @@ class EngineCore:
                 continue
             by_id = {}
             for row, result in zip(batch.rows, rows, strict=True):
+                if scheduler.requests.get(row.request.id) is not row.request:
+                    continue  # it has ended meanwhile; the id may be another request's by now
                 if not result.finite:
                     self._fail(row.request.id, scheduler)
                 elif result.logprobs or result.prompt_logprobs:
@@ -195,10 +197,10 @@ class EngineCore:
                     self._forget(update.request.id)
 
     def _fail(self, request_id: str, scheduler: Scheduler) -> None:
-        if scheduler.finish_request(request_id, Status.ERROR) is None:
-            return
+        scheduler.finish_request(request_id, Status.ERROR)
         self._forget(request_id)
         error = "the logits hold NaN or infinity, or every token is forbidden"
+        logger.warning("request %s: %s", request_id, error)
         self._outbox.append(SequenceOutput(request_id, [], finish_reason="error", error=error))
 
     def _collect(self, request: Request, result: RowResult) -> None:

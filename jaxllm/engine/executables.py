@@ -1,7 +1,8 @@
 """Which executables an engine needs, how each is traced, and in which order they are wanted."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +18,44 @@ from pallas_kernels.ragged_paged_attention import cache_shape
 from sharding import DATA
 
 WIDE_ROWS = 64  # rows of logits that a wide-logprobs executable holds at a time
+SAMPLER_TABLES = ("bias", "stop_mask", "bad_words")
 MANY_UPDATES = 1024  # page updates of the executable that takes what a step has no room for
 
 
-class Forward(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Forward:
     """A step's forward pass over a rung of tokens."""
 
     num_tokens: int
 
 
-class Sample(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sample:
     """Sampling a rung of rows."""
 
     num_rows: int
     variant: SamplerVariant
 
 
-class Upload(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class MakeTables:
+    """The sampler's tables, zeros, without the history: made when the first request asks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Upload:
     """Writing one slot's row of a table."""
 
     table: str
 
 
-class UpdatePages(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class UpdatePages:
     """Page updates beyond those that travel with a step."""
 
 
-class Wide(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Wide:
     """Logprobs of many alternatives for WIDE_ROWS of `num_hidden` hidden rows; compiled at first use."""
 
     num_hidden: int
@@ -79,11 +91,12 @@ class Lowering:
         return [self.per_rank(spec.shape, spec.dtype) for spec in specs]
 
     def state(self) -> SlotState:
-        """The slots' lengths and page tables."""
+        """The slots' lengths and page tables, abstract."""
         slots = self.plan.scheduler.max_num_seqs
         width = -(-self.plan.scheduler.max_model_len // self.plan.page_size)
-        tables = tuple(self.per_rank((slots, width), jnp.int32) for _ in self.plan.groups)
-        return SlotState(self.per_rank((slots,), jnp.int32), tables)
+        tables: Any = tuple(self.per_rank((slots, width), jnp.int32) for _ in self.plan.groups)
+        num_computed: Any = self.per_rank((slots,), jnp.int32)
+        return SlotState(num_computed, tables)
 
     def tables(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The sampler's tables by name, see `SlotTables`."""
@@ -94,6 +107,11 @@ class Lowering:
             "stop_mask": self.per_rank((slots, vocab), jnp.bool_),
             "bad_words": self.per_rank((slots, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), jnp.int32),
         }
+
+    def sampler_tables(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `sample_rows` takes as tables, in the order of SAMPLER_TABLES."""
+        tables = self.tables()
+        return tuple(tables[name] for name in SAMPLER_TABLES)
 
     def hidden(self, num_rows: int) -> jax.ShapeDtypeStruct:
         """Hidden rows of each rank."""
@@ -123,9 +141,8 @@ class Lowering:
         return run.lower(self.leaves, self.caches(), self.state(), self.tables()["history"], packed)
 
     def _sample(self, key: Sample):
-        slots, tables = self.plan.scheduler.max_num_seqs, self.tables()
-        history = tables.pop("history")
-        extra = tuple(tables.values()) if key.variant.adjust else None
+        slots, history = self.plan.scheduler.max_num_seqs, self.tables()["history"]
+        extra = self.sampler_tables() if key.variant.adjust else None
         run = self._sharded(
             functools.partial(sample_rows, self.shape, key.variant, key.num_rows),
             (P(), P(DATA), P(DATA), P(DATA), P(DATA)),
@@ -133,6 +150,14 @@ class Lowering:
             donate=(3,),
         )
         return run.lower(self.leaves, self.hidden(slots), self.per_rank((slots, ROW), jnp.int32), history, extra)
+
+    def _maketables(self, key: MakeTables):
+        specs = self.sampler_tables()
+        run = jax.jit(
+            lambda: tuple(jnp.zeros(spec.shape, spec.dtype) for spec in specs),
+            out_shardings=tuple(spec.sharding for spec in specs),
+        )
+        return run.lower()
 
     def _upload(self, key: Upload):
         table = self.tables()[key.table]
@@ -159,6 +184,5 @@ def warm_up_order(plan: EnginePlan) -> list[Any]:
     keys: list[Any] = [Forward(rungs[0]), Sample(rows[0], VARIANTS[0])]
     keys += [Forward(rung) for rung in reversed(rungs)]
     keys += [Sample(count, variant) for variant in VARIANTS for count in reversed(rows)]
-    keys += [Upload(table) for table in ("history", "bias", "stop_mask", "bad_words")]
-    keys.append(UpdatePages())
+    keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages()]
     return list(dict.fromkeys(keys))

@@ -88,7 +88,9 @@ class StepLayout:
         """Inverse of `pack`, on the device."""
         rows_end = HEADER + self.num_slots * ROW
         return Unpacked(
-            *packed[:HEADER],
+            packed[0],
+            packed[1],
+            packed[2],
             rows=packed[HEADER:rows_end].reshape(self.num_slots, ROW),
             page_updates=packed[rows_end : self.fixed].reshape(self.num_groups, self.max_updates, 3),
             token_ids=packed[self.fixed :],

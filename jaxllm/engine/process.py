@@ -1,10 +1,13 @@
 """The engine core as a process: `python -m jaxllm.engine.process FD`, where FD is its end of a socket pair."""
 
 import logging
+import queue
 import signal
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
+from typing import Any
 
 import msgspec
 
@@ -34,14 +37,28 @@ def serve(connection: Connection) -> None:
 
     core = build_core(config)
     connection.send_bytes(encode(core.ready()))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
     try:
         while True:
-            while connection.poll(0 if core.has_work else None):
-                core.handle(decode(connection.recv_bytes()))
-            for message in core.step():
-                connection.send_bytes(encode(message))
+            while not core.has_work or not inbox.empty():
+                message = inbox.get()
+                if isinstance(message, BaseException):
+                    raise message
+                core.handle(message)
+            for output in core.step():
+                connection.send_bytes(encode(output))
     finally:
         core.close()
+
+
+def _read(connection: Connection, inbox: queue.SimpleQueue) -> None:
+    """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile."""
+    try:
+        while True:
+            inbox.put(decode(connection.recv_bytes()))
+    except BaseException as error:
+        inbox.put(error)
 
 
 if __name__ == "__main__":

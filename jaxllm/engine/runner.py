@@ -1,7 +1,8 @@
 """From batches to device arrays and back: owns weights, caches and slots' state, launches steps and reads them."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.request import Request
 from jaxllm.engine.compile import Executables
 from jaxllm.engine.executables import (
     MANY_UPDATES,
+    SAMPLER_TABLES,
     WIDE_ROWS,
     Forward,
     Lowering,
+    MakeTables,
     Sample,
     UpdatePages,
     Upload,
@@ -112,9 +114,7 @@ class Runner:
         self._by_rank, self._everywhere = sharded_by_rank(mesh), replicated(mesh)
         self._caches = [_zeros(spec) for spec in lowering.caches()]
         self._state: SlotState = jax.tree.map(_zeros, lowering.state())
-        tables = lowering.tables()
-        self._history = _zeros(tables.pop("history"))
-        self._table_specs = tables
+        self._history = _zeros(lowering.tables()["history"])
         self._tables: dict[str, jax.Array] | None = None
         self._params = [SlotParams(plan.scheduler.max_num_seqs) for _ in range(self.num_ranks)]
         self._row_rungs = row_rungs(plan.scheduler.max_num_seqs)
@@ -183,7 +183,7 @@ class Runner:
     def _sampler_tables(self) -> dict[str, jax.Array]:
         """Made when the first request asks: most never do."""
         if self._tables is None:
-            self._tables = {name: _zeros(spec) for name, spec in self._table_specs.items()}
+            self._tables = dict(zip(SAMPLER_TABLES, self.executables.get(MakeTables())(), strict=True))
         return self._tables
 
     def _upload(self, name: str, table: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
@@ -222,7 +222,9 @@ class Runner:
                 if params.prompt_logprobs is not None:
                     k = self.vocab_size if is_wide(params.prompt_logprobs) else MAX_LOGPROBS
                     entries = prompts.setdefault(k, [])
-                    for position in range(row.start + 1, min(row.start + row.length + 1, row.request.num_prompt_tokens)):
+                    for position in range(
+                        row.start + 1, min(row.start + row.length + 1, row.request.num_prompt_tokens)
+                    ):
                         source = at + position - 1 - row.start
                         entries.append(((rank, index, position), source, row.request.tokens[position]))
                 at += row.length
@@ -238,9 +240,8 @@ class Runner:
                 reads.append(self._wide(k, last_hidden, hidden_rows, targets, [owner for owner, _ in part]))
         for k, asked in prompts.items():
             for begin in range(0, len(asked), WIDE_ROWS):
-                part = asked[begin : begin + WIDE_ROWS]
-                sources, targets = np.asarray([p[1] for p in part]), np.asarray([p[2] for p in part])
-                reads.append(self._wide(k, hidden, sources, targets, [p[0] for p in part]))
+                owners, sources, targets = zip(*asked[begin : begin + WIDE_ROWS], strict=True)
+                reads.append(self._wide(k, hidden, np.asarray(sources), np.asarray(targets), list(owners)))
         return reads
 
     def _wide(self, k: int, hidden: jax.Array, index: np.ndarray, targets: np.ndarray, owners) -> _WideRead:
@@ -303,7 +304,6 @@ class Runner:
         self.leaves = leaves
 
 
-
 def max_updates(plan: EnginePlan) -> int:
     """Page updates that travel with a step: one for each slot, and the pages of a few hundred prompt tokens."""
     return plan.scheduler.max_num_seqs + 64
@@ -315,4 +315,10 @@ def layout_of(plan: EnginePlan) -> StepLayout:
 
 
 def _zeros(spec: Any) -> jax.Array:
-    return jax.jit(lambda: jax.numpy.zeros(spec.shape, spec.dtype), out_shardings=spec.sharding)()
+    return _make_zeros(spec.shape, spec.dtype, spec.sharding)()
+
+
+@functools.cache
+def _make_zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[[], jax.Array]:
+    """Compiled once for all layers alike."""
+    return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)

@@ -1,6 +1,7 @@
-"""The two halves of a step, as pure functions of one rank's arrays: `forward` to the hidden rows, `sample` to tokens."""
+"""The two halves of a step, as pure functions of one rank's arrays: `forward` to hidden rows, `sample` to tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class StepShape:
     treedef: Any
     vocab_size: int
 
-    def model(self, leaves: list[jax.Array]):
+    def model(self, leaves: Sequence[Any]):
         """The model over these parameters; free inside a trace."""
         return jax.tree.unflatten(self.treedef, leaves)
 
