@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -60,11 +61,14 @@ def module_of(file: Path) -> str:
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    """Absolute names of every module imported anywhere in the file; `from jaxllm import core` gives `jaxllm.core`."""
+    """Absolute names of every module that the file imports, wherever in it; `from jaxllm import core`: `jaxllm.core`.
+
+    What stands under `if TYPE_CHECKING:` is left out: it names a type and imports nothing.
+    """
     package = module_of(file).split(".")
     if file.name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -73,6 +77,15 @@ def imports_of(file: Path) -> Iterator[str]:
             for alias in node.names:
                 inner = ROOT.joinpath(*base.split("."), alias.name)
                 yield f"{base}.{alias.name}" if inner.is_dir() or inner.with_suffix(".py").is_file() else base
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under `if TYPE_CHECKING:`."""
+    yield node
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from walk(child)
 
 
 def test_imports_point_downward():
@@ -108,6 +121,21 @@ def test_core_imports_no_jax():
 def test_no_torch():
     for file in python_files():
         assert not {name.split(".")[0] for name in imports_of(file)} & {"torch", "transformers", "tensorflow"}, file
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    homes = importlib.metadata.packages_distributions()
+    imported = {name.split(".")[0] for file in python_files() for name in imports_of(file)} - {"jaxlib"}
+    imported = {
+        canonicalize_name(homes.get(name, [name])[0])
+        for name in imported - set(sys.stdlib_module_names) - set(PACKAGES)
+    }
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    optional = {canonicalize_name(Requirement(line).name) for lines in extras.values() for line in lines}
+    assert imported <= declared | optional, "declare them in pyproject.toml"
+    assert declared <= imported, "nothing imports them"
 
 
 def test_importing_jaxllm_is_light():
