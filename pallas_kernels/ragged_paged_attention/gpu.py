@@ -1,0 +1,102 @@
+"""Ragged paged attention on Hopper GPUs, in Mosaic GPU (Pallas): TMA page gathers, wgmma, warp specialization.
+
+Three steps: `gpu_write` puts the new keys and values into their pages, in place; `gpu_decode` serves the leading rows
+of one query token, split over the keys; `gpu_prefill` serves all other rows and zeroes the padding.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from . import gpu_decode, gpu_prefill, gpu_write
+from .types import AttentionMetadata, CacheSpec
+
+PAGE_SIZES = (16, 32, 64, 128)
+HEAD_DIMS = (64, 128, 256)
+MAX_GROUP = 16
+
+
+def cache_shape(spec: CacheSpec) -> jax.ShapeDtypeStruct:
+    """[num_pages, 2 (key, value), num_kv_heads, page_size, head_dim padded to 64, 128 or 256].
+
+    Raises:
+      ValueError: a page size, head_dim or dtype that the kernels lack.
+    """
+    if spec.page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size {spec.page_size} is not supported on GPU; choose one of {PAGE_SIZES}")
+    if jnp.dtype(spec.dtype) != jnp.bfloat16:
+        raise ValueError(f"a cache of {jnp.dtype(spec.dtype).name} is not supported on GPU; only bfloat16 is")
+    head_dim = padded_head_dim(spec.head_dim)
+    return jax.ShapeDtypeStruct((spec.num_pages, 2, spec.num_kv_heads, spec.page_size, head_dim), spec.dtype)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head_dim that the cache stores: a head_dim between the supported ones (96) is padded with zeros."""
+    for supported in HEAD_DIMS:
+        if head_dim <= supported:
+            return supported
+    raise ValueError(f"head_dim {head_dim} is not supported on GPU; the most is {HEAD_DIMS[-1]}")
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: jax.Array,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    decode_config: gpu_decode.DecodeConfig | None = None,
+    prefill_config: gpu_prefill.PrefillConfig | None = None,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.ragged_paged_attention`.
+
+    Args:
+      decode_config, prefill_config: tile sizes; None takes the tuned ones.
+      interpret: False, or `plgpu.InterpretGPUParams` to run on the CPU.
+
+    Raises:
+      ValueError: a dtype other than bfloat16, more than 16 query heads a key-value head, or what `cache_shape` refuses.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = cache.shape[2:4]
+    group = num_heads // num_kv_heads
+    spec = CacheSpec(cache.shape[0], page_size, num_kv_heads, head_dim, cache.dtype)
+    if cache.shape != cache_shape(spec).shape:
+        raise ValueError(f"cache {cache.shape} is not {cache_shape(spec).shape}, as `cache_shape` says")
+    if q.dtype != jnp.bfloat16:
+        raise ValueError(f"queries of {q.dtype.name} are not supported on GPU; only bfloat16 is")
+    if group > MAX_GROUP:
+        raise ValueError(f"{group} query heads a key-value head are not supported on GPU; the most is {MAX_GROUP}")
+    if k_scale is not None:
+        k = k / k_scale
+    if v_scale is not None:
+        v = v / v_scale
+    k, v = k.astype(cache.dtype), v.astype(cache.dtype)
+    scales = jnp.stack(
+        [
+            jnp.float32(scale) * (1.0 if k_scale is None else jnp.float32(k_scale)),
+            jnp.float32(1.0) if v_scale is None else jnp.float32(v_scale),
+        ]
+    )
+    decode_config = decode_config or gpu_decode.tuned(cache.shape[4])
+    prefill_config = prefill_config or gpu_prefill.tuned(cache.shape[4], group)
+    if pad := cache.shape[4] - head_dim:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (q, k, v))
+    least = max(prefill_config.tokens, -(-16 // num_heads))  # a block of queries must fit
+    if num_tokens < least:
+        q = jnp.pad(q, ((0, least - num_tokens), (0, 0), (0, 0)))
+
+    options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret}
+    cache = gpu_write.write(cache, k, v, metadata, interpret=interpret)
+    flat = q.reshape(-1, q.shape[2])
+    out = gpu_decode.decode(flat, cache, metadata, scales, group=group, config=decode_config, **options)
+    out_ref = jax.new_ref(out.reshape(q.shape))
+    gpu_prefill.prefill(q, cache, out_ref, metadata, scales, config=prefill_config, **options)
+    out = jax.freeze(out_ref)
+    return out[:num_tokens, :, :head_dim], cache

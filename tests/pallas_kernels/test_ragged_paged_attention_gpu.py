@@ -1,0 +1,151 @@
+"""The Hopper kernels under Pallas' GPU interpreter with race detection, and their lowering for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention import gpu, reference
+from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeConfig
+from pallas_kernels.ragged_paged_attention.gpu_plan import decode_plan, prefill_plan
+from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillConfig
+from pallas_kernels.ragged_paged_attention.stress_gpu import make_case, make_metadata, relative_error
+from pallas_kernels.ragged_paged_attention.types import CacheSpec
+
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=64, sinks=False, blocks=2, **options):
+    shape = {key: options.pop(key) for key in ("tokens", "max_rows", "table_width") if key in options}
+    pack = options.pop("pack", 1)
+    args = make_case(
+        0, rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
+        window=options.get("window"), **shape,
+    )  # fmt: skip
+    options["scale"] = head_dim**-0.5
+    if sinks:
+        options["sinks"] = jnp.asarray(np.random.default_rng(1).standard_normal(heads), jnp.float32)
+    expected, expected_cache = reference.ragged_paged_attention(*args, **options)
+    consumers = 1 if head_dim > 128 else 2
+    out, cache = gpu.ragged_paged_attention(
+        *args,
+        **options,
+        decode_config=DecodeConfig(blocks=blocks, consumers=consumers),
+        prefill_config=PrefillConfig(blocks=blocks, consumers=consumers, pack=pack),
+        interpret=INTERPRET,
+    )
+    assert relative_error(out, expected) < 1e-2
+    # Page 0 is the dummy page: the reference writes padding there, the kernel does not.
+    np.testing.assert_array_equal(np.asarray(cache[1:], np.float32), np.asarray(expected_cache[1:], np.float32))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_rows_of_one_token_and_many_with_padding(capfd):
+    run_and_compare(capfd, [(1, 150), (1, 1), (70, 75), (3, 130)], tokens=80, max_rows=6, table_width=4, pack=2)
+
+
+def test_window_cap_and_sinks_over_small_pages(capfd):
+    run_and_compare(
+        capfd, [(1, 150), (1, 20), (40, 120)], page_size=16, window=33, cap=5.0, sinks=True, tokens=64
+    )  # fmt: skip
+
+
+def test_group_of_seven(capfd):
+    run_and_compare(capfd, [(1, 70), (1, 3), (5, 30)], heads=7, page_size=32, sinks=True, tokens=64)
+
+
+def test_wide_heads(capfd):
+    run_and_compare(capfd, [(1, 65), (2, 66)], head_dim=256, page_size=128, tokens=64)
+
+
+def test_head_dim_96_is_padded():
+    spec = CacheSpec(3, 64, 2, 96, jnp.bfloat16)
+    assert gpu.cache_shape(spec).shape == (3, 2, 2, 64, 128)
+
+
+def test_empty_batch_gives_zeros(capfd):
+    run_and_compare(capfd, [], tokens=64, max_rows=2, table_width=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("heads,kv_heads,pack", [(8, 2, 4), (7, 1, 1), (16, 1, 8), (4, 4, 1)])
+def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
+    rows = [(1, 300), (1, 64), (1, 1), (64, 64), (33, 200), (2, 2)]
+    run_and_compare(
+        capfd, rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, pack=pack,
+        tokens=128, max_rows=8, table_width=-(-300 // page_size) + 1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim,heads,kv_heads,page_size", [(128, 32, 8, 64), (64, 14, 2, 16), (256, 8, 4, 128)])
+def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size):
+    args = make_case(
+        0, [(1, 70), (5, 9)], heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, tokens=64
+    )
+    run = functools.partial(
+        gpu.ragged_paged_attention, scale=0.1, window=40, cap=20.0, sinks=jnp.zeros(heads, jnp.float32)
+    )
+    text = jax.jit(run, donate_argnums=3).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tf.aliasing_output = 1" in text  # the donated cache
+
+
+def test_refuses_what_it_lacks():
+    with pytest.raises(ValueError, match="page_size 8"):
+        gpu.cache_shape(CacheSpec(2, 8, 1, 64, jnp.bfloat16))
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        gpu.cache_shape(CacheSpec(2, 16, 1, 64, jnp.float8_e4m3fn))
+    with pytest.raises(ValueError, match="head_dim 512"):
+        gpu.cache_shape(CacheSpec(2, 16, 1, 512, jnp.bfloat16))
+    args = make_case(0, [(1, 4)], heads=17, kv_heads=1, head_dim=64, page_size=16)
+    with pytest.raises(ValueError, match="17 query heads"):
+        gpu.ragged_paged_attention(*args, scale=1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decode_plan_covers_every_tile_once(seed):
+    rng = np.random.default_rng(seed)
+    kv_heads, streams, tile, window = 3, 7, 64, [None, 100][seed % 2]
+    lens = [int(n) for n in rng.integers(1, 600, int(rng.integers(0, 9)))]
+    metadata = make_metadata(
+        rng, [(1, n) for n in lens] + [(5, 9)], page_size=16, num_pages=400, tokens=16, max_rows=12
+    )
+    plan = np.asarray(decode_plan(metadata, kv_heads, streams, tile, window))
+    seen, parts = [], {}
+    for stream, (pair, offset, count, pairs, _) in enumerate(plan):
+        for _ in range(pairs):
+            kv_len = lens[pair // kv_heads]
+            first = 0 if window is None else max(0, kv_len - window) // tile
+            tiles = -(-kv_len // tile) - first
+            here = min(tiles - offset, count)
+            seen += [(pair, first + offset + i) for i in range(here)]
+            parts.setdefault(pair, []).append(stream)
+            pair, offset, count = pair + 1, 0, count - here
+        assert count == 0
+    expected = [
+        (row * kv_heads + head, tile_index)
+        for row, kv_len in enumerate(lens)
+        for head in range(kv_heads)
+        for tile_index in range((max(0, kv_len - window) if window else 0) // tile, -(-kv_len // tile))
+    ]
+    assert seen == expected
+    merges = {int(plan[stream, 0]): (stream, int(plan[stream, 4])) for stream in range(streams) if plan[stream, 4]}
+    assert merges == {pair: (who[1], len(who) - 1) for pair, who in parts.items() if len(who) > 1}
+
+
+def test_prefill_plan_is_complete_and_costliest_first():
+    rng = np.random.default_rng(0)
+    rows = [(1, 50), (70, 100), (2, 300), (64, 64)]
+    metadata = make_metadata(rng, rows, page_size=16, num_pages=60, tokens=160, max_rows=6)
+    plan, totals = map(np.asarray, prefill_plan(metadata, 32))
+    assert list(totals) == [6, 137]
+    plan = plan[: totals[0]]
+    costs = plan[:, 1] + plan[:, 2]
+    assert (np.diff(costs) <= 0).all()
+    covered = sorted(token for start, count, _, _ in plan for token in range(start, start + count))
+    assert covered == list(range(1, 137))
+    np.testing.assert_array_equal(plan[:, 2], np.asarray(metadata.positions)[plan[:, 0]])
