@@ -72,6 +72,10 @@ class Checkpoint(abc.ABC):
         """How many bytes the tensor takes in the file: what a progress bar counts."""
 
     @abc.abstractmethod
+    def release_memory(self) -> None:
+        """Lets go of the file's pages that reading has brought in; reading on brings them back."""
+
+    @abc.abstractmethod
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer, chat template included, built on the first call.
 

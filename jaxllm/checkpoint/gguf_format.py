@@ -127,6 +127,10 @@ class GgufFile:
             raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
         self.metadata, self.tensors = _Parser(self._map, size, self.path).parse()
 
+    def release_memory(self) -> None:
+        """See `Checkpoint.release_memory`."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def raw(self, tensor: GgufTensor) -> np.ndarray:
         """The tensor's bytes, uint8 [num_bytes], a read-only view of the memory map."""
         return np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)

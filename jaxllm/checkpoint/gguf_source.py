@@ -93,6 +93,9 @@ class GgufCheckpoint(Checkpoint):
                 values = values.astype(np.float32) + np.float32(layout.offset)
             rows[slice(begin, end) if order is None else order[begin:end]] = values
 
+    def release_memory(self) -> None:
+        self._file.release_memory()
+
     def tokenizer(self) -> "Tokenizer":
         if self._tokenizer is None:
             from jaxllm.text.gguf_tokenizer import from_gguf  # here: tokenizers takes time to import

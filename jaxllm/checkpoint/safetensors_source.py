@@ -93,6 +93,10 @@ class SafetensorsFile:
         header.pop("__metadata__", None)
         self.tensors = {name: self._entry(name, entry, 8 + length, size) for name, entry in header.items()}
 
+    def release_memory(self) -> None:
+        """See `Checkpoint.release_memory`."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def _entry(self, name: str, entry: Any, start: int, size: int) -> tuple[np.dtype, tuple[int, ...], int]:
         try:
             dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -194,6 +198,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def read_into(self, name: str, out: np.ndarray) -> None:
         self._check_shape(name, out)
         out[...] = self._file(name).read(name)
+
+    def release_memory(self) -> None:
+        for file in set(self._files.values()):
+            file.release_memory()
 
     def tokenizer(self) -> "Tokenizer":
         if self._tokenizer is None:

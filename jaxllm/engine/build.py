@@ -44,6 +44,8 @@ def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, every
         return
     with loader.progress_bar() if progress else contextlib.nullcontext() as on_progress:
         loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
+    checkpoint.release_memory()
+    platform.trim_memory()
 
 
 def build_core(

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from jaxllm.engine import platform
+
 logger = logging.getLogger(__name__)
 
 Key = Hashable
@@ -46,6 +48,7 @@ class Executables:
         begin = time.perf_counter()
         compiled = self._lower(key).compile()
         self.seconds[key] = time.perf_counter() - begin
+        platform.trim_memory()
         logger.debug("compiled %s in %.2f s", key, self.seconds[key])
         return compiled
 
