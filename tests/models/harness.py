@@ -42,7 +42,7 @@ def run(model: CausalLM, tokens: np.ndarray, lengths: list[int], backend: str, *
     Where a rung has room, another sequence takes a decode step first."""
     rng = np.random.default_rng(1)
     layers = model.layer_caches()
-    width = -(-len(tokens) // PAGE_SIZE) + 1
+    width = -(-max(len(tokens), rung) // PAGE_SIZE) + 1  # so that sequences of one rung share a program
     num_pages = 2 * width + 3
     groups = {layer.group: layer.window for layer in layers}
     # row 0 is the companion: one token at position 0, over and over
