@@ -11,6 +11,7 @@ from jaxllm.bench.floor import Ceilings, ModelCost
 from jaxllm.bench.models import bench_model
 from jaxllm.checkpoint import open_checkpoint
 from jaxllm.config import EngineConfig, config_from
+from jaxllm.core.expected import Expected
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.llm import LLM
 
@@ -82,7 +83,7 @@ def open_session(
     Args:
       model: anything that `LLM` takes, or "shape:NAME".
       options: of `EngineConfig`.
-      prompt_length: as in `LLM`.
+      prompt_length: of the first request expected.
       ceilings: measure the copy bandwidth and the GEMM rate first.
       warm_up: compile everything; otherwise the first run meets compilations.
 
@@ -98,7 +99,7 @@ def open_session(
         if found is not None:
             found = Ceilings(found.bandwidth * num_devices, found.flops * num_devices)
         begin = time.perf_counter()
-        with LLM(path, prompt_length=prompt_length, progress=progress, **options) as llm:
+        with LLM(path, expected=Expected(prompt_length), progress=progress, **options) as llm:
             ready = time.perf_counter()
             if warm_up:
                 llm.warm_up()

@@ -88,7 +88,7 @@ def _flag_type(kind: Any) -> Any:
     if origin is tuple:
         return str
     if origin is not None and origin is not Literal:
-        return list[typing.get_args(kind)[0]]
+        return types.GenericAlias(list, typing.get_args(kind))
     return kind
 
 

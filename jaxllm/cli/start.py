@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from jaxllm.core.sampling_params import SamplingParams
     from jaxllm.llm import LLM
 
+_SAMPLES = {"temperature", "top_p", "top_k", "min_p", "seed"}  # any of them means: do sample
 BYTES_A_TOKEN = 3.5  # of UTF-8; English text has 4 to 5, so that the estimate is rather too long
 
 
@@ -17,13 +18,15 @@ def prompt_length(text: str) -> int:
 def open_llm(model: str, options: dict[str, Any], sampling: dict[str, Any], *, prompt_length: int) -> "LLM":
     """An engine, started once the parameters are known to be good. Raises any of jaxllm.errors."""
     from jaxllm.cli import wait_for_preload
+    from jaxllm.core.expected import Expected
     from jaxllm.core.sampling_params import SamplingParams
 
-    SamplingParams(**sampling)
+    greedy = {} if _SAMPLES & sampling.keys() else {"temperature": 0.0}  # what most models' defaults come to
+    params = SamplingParams(**{**greedy, **sampling})
     wait_for_preload()
     from jaxllm.llm import LLM
 
-    return LLM(model, prompt_length=prompt_length, **options)
+    return LLM(model, expected=Expected(prompt_length, params), **options)
 
 
 def sampling_params(llm: "LLM", given: dict[str, Any]) -> "SamplingParams":
@@ -32,6 +35,6 @@ def sampling_params(llm: "LLM", given: dict[str, Any]) -> "SamplingParams":
 
     model = llm.get_default_sampling_params()
     silent = (model.temperature, model.top_p, model.top_k, model.min_p) == (1.0, 1.0, 0, 0.0)
-    if silent and not {"temperature", "top_p", "top_k", "min_p", "seed"} & given.keys():
+    if silent and not _SAMPLES & given.keys():
         given = {**given, "temperature": 0.0}
     return dataclasses.replace(model, **given)

@@ -1,0 +1,64 @@
+"""`jaxllm bench`, each command once over a tiny model."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxllm.cli.app import app
+from jaxllm.errors import ConfigError, InvalidRequestError
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_throughput(tiny_flags, tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    text = run(
+        "throughput", "static_batch_1", "--num-requests", 3, "--no-ceilings", "--compile-late", "--json", out,
+        "--plot", plot, *tiny_flags,
+    )  # fmt: skip
+    assert "static_batch_1" in text and "out tok/s" in text
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["num_requests"] == 3 and result["input_tokens"] == 384 and result["output_tokens"] == 192
+    assert len(result["all_seconds"]) == 2 and result["seconds"] == min(result["all_seconds"])
+    assert result["output_tok_s"] == pytest.approx(192 / result["seconds"])
+    assert 0 <= result["padded_share"] < 1 and result["preemptions"] == 0 and result["prefix_hit_share"] == 0
+    assert result["steps"] >= 64 and result["floor_seconds"] is None
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_latency(tiny_flags, tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = "--input-len", 20, "--output-len", 8, "--runs", 2, "--compile-late", "--json", out, "--plot", plot
+    text = run("latency", *arguments, *tiny_flags)
+    assert "20/8" in text
+    data = json.loads(out.read_text())
+    assert data["copy_bandwidth_bytes_s"] > 1e8 and data["gemm_flop_s"] > 1e9
+    (result,) = data["results"]
+    assert 0 < result["tpot_p50"] <= result["tpot_p99"] and result["ttft_p50"] > 0
+    assert result["floor_share"] == pytest.approx(result["tpot_floor"] / result["tpot_p50"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_serve(tiny_flags, tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    sizes = "--num-requests", 4, "--mean-in", 16, "--mean-out", 8, "--rate", 50, "--rate", 100, "--runs", 2
+    run("serve", *sizes, "--no-engine-process", "--compile-late", "--json", out, "--plot", plot, *tiny_flags)
+    first, second = json.loads(out.read_text())["results"]
+    assert (first["rate"], second["rate"]) == (50, 100)
+    for result in (first, second):
+        assert result["num_requests"] == 4 and result["output_tok_s"] > 0
+        assert 0 < result["ttft_p50"] <= result["ttft_p99"] and result["tpot_p50"] > 0 and result["itl_p50"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_refusals_come_before_work(tiny_flags, monkeypatch):
+    with pytest.raises(InvalidRequestError, match="workload='no_such'"):
+        run("throughput", "no_such", *tiny_flags)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
+        run("throughput", "static_batch_1", "--plot", "x.png", *tiny_flags)
