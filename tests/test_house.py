@@ -125,17 +125,20 @@ def test_no_torch():
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     homes = importlib.metadata.packages_distributions()
-    imported = {name.split(".")[0] for file in python_files() for name in imports_of(file)} - {"jaxlib"}
-    imported = {
-        canonicalize_name(homes.get(name, [name])[0])
-        for name in imported - set(sys.stdlib_module_names) - set(PACKAGES)
-    }
+
+    def imported_by(files: list[Path]) -> set[str]:
+        names = {name.split(".")[0] for file in files for name in imports_of(file)}
+        names -= {*sys.stdlib_module_names, *PACKAGES, "tests", "jaxlib"}
+        return {canonicalize_name(homes.get(name, [name])[0]) for name in names}
+
+    def declared_by(lines: list[str]) -> set[str]:
+        return {canonicalize_name(Requirement(line).name) for line in lines}
+
     project = pyproject()["project"]
-    extras = project["optional-dependencies"]
-    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
-    optional = {canonicalize_name(Requirement(line).name) for lines in extras.values() for line in lines}
-    assert imported <= declared | optional, "declare them in pyproject.toml"
-    assert declared <= imported, "nothing imports them"
+    needed, extras = declared_by(project["dependencies"]), project["optional-dependencies"]
+    assert imported_by(python_files()) <= needed | declared_by([line for lines in extras.values() for line in lines])
+    assert needed <= imported_by(python_files()), "nothing imports them"
+    assert imported_by(sorted((ROOT / "tests").rglob("*.py"))) <= needed | declared_by(extras["dev"])
 
 
 def test_importing_jaxllm_is_light():
