@@ -1,6 +1,7 @@
 """A decoder's shape and options, read from the contents of a Hugging Face config.json."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,14 +88,14 @@ class DecoderConfig:
         for name in _REFUSED:
             if hf.get(name):
                 raise UnsupportedModelError(f"config.json: {name}={hf[name]!r} is not supported")
-        hidden, layers, heads = (positive(hf, f) for f in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-        kv_heads = positive(hf, "num_key_value_heads", heads)
+        hidden, layers, heads = (integer(hf, f) for f in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+        kv_heads = integer(hf, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise UnsupportedModelError(
                 f"config.json: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}"
             )
-        head_dim = positive(hf, "head_dim", hidden // heads)
-        max_position = positive(hf, "max_position_embeddings", 2048)
+        head_dim = integer(hf, "head_dim", hidden // heads)
+        max_position = integer(hf, "max_position_embeddings", 2048)
         rope = Rope.from_hf(rope_parameters(hf, FULL), head_dim, max_position)
         local_rope = Rope.from_hf(rope_parameters(hf, SLIDING), head_dim, max_position)
         if not partial_rotary and {len(rope.inverse_frequencies), len(local_rope.inverse_frequencies)} != {
@@ -102,9 +103,9 @@ class DecoderConfig:
         }:
             raise UnsupportedModelError("config.json: partial_rotary_factor is not supported in this family")
         fields: dict[str, Any] = dict(
-            vocab_size=positive(hf, "vocab_size"),
+            vocab_size=integer(hf, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=positive(hf, "intermediate_size"),
+            intermediate_size=integer(hf, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -128,20 +129,21 @@ class DecoderConfig:
         )
 
 
-def positive(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """The positive integer of this name, or the default where it is absent or null. Raises UnsupportedModelError."""
+def integer(hf: Mapping[str, Any], name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    """The integer of this name, or the default where it is absent or null. Raises UnsupportedModelError."""
     value = default if hf.get(name) is None else hf[name]
     if value is None:
         raise UnsupportedModelError(f"config.json: {name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
-        raise UnsupportedModelError(f"config.json: {name}={value!r}: must be a positive integer")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < minimum or value != int(value):
+        raise UnsupportedModelError(f"config.json: {name}={value!r}: must be an integer of at least {minimum}")
     return int(value)
 
 
 def positive_float(hf: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """The positive number of this name, or the default where it is absent or null. Raises UnsupportedModelError."""
     value = default if hf.get(name) is None else hf[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UnsupportedModelError(f"config.json: {name}={value!r}: must be a positive number")
     return float(value)
 
@@ -149,7 +151,7 @@ def positive_float(hf: Mapping[str, Any], name: str, default: float | None = Non
 def activation_of(hf: Mapping[str, Any], name: str) -> str:
     """The MLP's gate by our name. Raises UnsupportedModelError for others."""
     value = hf.get(name) or "silu"
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise UnsupportedModelError(f"config.json: {name}={value!r}; supported are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
 
@@ -160,24 +162,31 @@ def layer_windows(hf: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> t
     Raises:
       UnsupportedModelError: layer_types of another length or with other kinds, or sliding layers without a window.
     """
-    layers = positive(hf, "num_hidden_layers")
+    layers = integer(hf, "num_hidden_layers")
     types = hf.get("layer_types")
     if types is None:
         types = [SLIDING if is_sliding(layer) else FULL for layer in range(layers)]
-    if not isinstance(types, list | tuple) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
+    is_known = isinstance(types, list | tuple) and all(kind in (FULL, SLIDING) for kind in types)
+    if not is_known or len(types) != layers:
         raise UnsupportedModelError(f"config.json: layer_types={types!r}: must be {layers} of {FULL} and {SLIDING}")
     if SLIDING not in types:
         return (None,) * layers
-    window = positive(hf, "sliding_window")
+    if hf.get("sliding_window") is None:
+        use = f" with use_sliding_window={hf['use_sliding_window']!r}" if "use_sliding_window" in hf else ""
+        raise UnsupportedModelError(f"config.json: layer_types names sliding layers, but sliding_window is none{use}")
+    window = integer(hf, "sliding_window")
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
 def rope_parameters(hf: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
     """The rotary embedding's parameters for one type of layer, as transformers 5 writes them (`rope_parameters`, nested
     by layer type where they differ), be they written so or as transformers 4 did (`rope_scaling`, `rope_theta`, …)."""
-    found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if FULL in found or SLIDING in found:
+    field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    found = hf.get(field) or {}
+    if isinstance(found, Mapping) and (FULL in found or SLIDING in found):
         found = found.get(layer_type) or {}
+    if not isinstance(found, Mapping):
+        raise UnsupportedModelError(f"config.json: {field}={hf[field]!r}: must hold rope parameters by name")
     result = {name: value for name, value in found.items() if value is not None}
     for name in ("rope_theta", "partial_rotary_factor"):
         if hf.get(name) is not None:

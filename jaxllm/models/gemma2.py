@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxllm.models.config import DecoderConfig, activation_of, layer_windows, positive, positive_float
+from jaxllm.models.config import DecoderConfig, activation_of, integer, layer_windows, positive_float
 from jaxllm.models.decoder import CausalLM
 from jaxllm.models.layers import Attention, GatedMLP, RMSNorm, RopeTables
 from jaxllm.models.metadata import StepMetadata
@@ -34,7 +34,7 @@ def gemma_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         norm_unit_offset=True,
         attention_cap=None if cap is None else positive_float(hf, "attn_logit_softcapping"),
         final_cap=None if final_cap is None else positive_float(hf, "final_logit_softcapping"),
-        embedding_scale=positive(hf, "hidden_size") ** 0.5,
+        embedding_scale=integer(hf, "hidden_size") ** 0.5,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.errors import UnsupportedModelError
-from jaxllm.models.config import FULL, SLIDING, DecoderConfig, layer_windows, positive
+from jaxllm.models.config import FULL, SLIDING, DecoderConfig, integer, layer_windows, rope_parameters
 from jaxllm.models.decoder import CausalLM
 from jaxllm.models.gemma2 import GemmaLayer, gemma_fields
 
@@ -36,7 +36,7 @@ class Gemma3ForCausalLM(CausalLM):
                 f"config.json: attn_logit_softcapping={hf['attn_logit_softcapping']!r} is not supported in Gemma 3"
             )
         # the pattern has been written under both names
-        period = positive(hf, "sliding_window_pattern", positive(hf, "_sliding_window_pattern", 6))
+        period = integer(hf, "sliding_window_pattern", integer(hf, "_sliding_window_pattern", 6))
         windows = layer_windows(hf, lambda layer: (layer + 1) % period != 0)
         return DecoderConfig.from_hf(_with_nested_rope(hf), windows=windows, qk_norm=True, **gemma_fields(hf))
 
@@ -44,9 +44,8 @@ class Gemma3ForCausalLM(CausalLM):
 def _with_nested_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Rope parameters by layer type: rope_scaling and rope_theta are for full layers, rope_local_base_freq for sliding
     ones."""
-    written = hf.get("rope_parameters") or {}
-    nested = {kind: dict(written.get(kind) or {}) for kind in (FULL, SLIDING)}
-    nested[FULL] |= hf.get("rope_scaling") or {}
+    nested = {kind: rope_parameters({**hf, "rope_scaling": None, "rope_theta": None}, kind) for kind in (FULL, SLIDING)}
+    nested[FULL] |= rope_parameters({**hf, "rope_parameters": None, "rope_theta": None}, FULL)
     nested[FULL].setdefault("rope_theta", hf["rope_theta"])
     nested[SLIDING].setdefault("rope_theta", hf["rope_local_base_freq"])
     return {**hf, "rope_scaling": None, "rope_parameters": nested}

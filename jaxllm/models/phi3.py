@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.models.config import DecoderConfig, layer_windows
+from jaxllm.models.config import FULL, DecoderConfig, layer_windows, rope_parameters
 from jaxllm.models.decoder import CausalLM
 
 DEFAULTS = {
@@ -20,9 +20,9 @@ class Phi3ForCausalLM(CausalLM):
     @classmethod
     def parse_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         hf = DEFAULTS | dict(hf)
-        for field in ("rope_scaling", "rope_parameters"):
-            rope = dict(hf.get(field) or {})
-            if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):  # LongRoPE's names in older files
-                hf[field] = rope | {"rope_type": "longrope"}
+        rope = rope_parameters(hf, FULL)
+        if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):  # LongRoPE's names in older files
+            rope["rope_type"] = "longrope"
+        hf |= {"rope_scaling": None, "rope_parameters": rope}
         windows = layer_windows(hf, lambda layer: hf["sliding_window"] is not None)
         return DecoderConfig.from_hf(hf, partial_rotary=True, windows=windows, fused_projections=True)

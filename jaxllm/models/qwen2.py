@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.models.config import DecoderConfig, layer_windows
+from jaxllm.models.config import DecoderConfig, integer, layer_windows
 from jaxllm.models.decoder import CausalLM
 
-DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096}
 
 
 def qwen_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -14,7 +14,8 @@ def qwen_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     hf = dict(hf)
     if not hf.get("use_sliding_window"):
         hf["sliding_window"] = None
-    return layer_windows(hf, lambda layer: hf["sliding_window"] is not None and layer >= hf["max_window_layers"])
+    first = integer(hf, "max_window_layers", 28, minimum=0)
+    return layer_windows(hf, lambda layer: hf["sliding_window"] is not None and layer >= first)
 
 
 class Qwen2ForCausalLM(CausalLM):

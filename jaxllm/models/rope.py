@@ -42,7 +42,7 @@ class Rope:
           UnsupportedModelError: a rope_type that is not in `_SCALINGS`, or one of its parameters is missing.
         """
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
-        if kind not in _SCALINGS:
+        if not isinstance(kind, str) or kind not in _SCALINGS:
             raise UnsupportedModelError(f"rope_type={kind!r} is not supported; supported are {', '.join(_SCALINGS)}")
         theta = _number(parameters, "rope_theta", 10000.0)
         rotated = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0))
@@ -119,10 +119,9 @@ def _yarn(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -
     def attention(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
-    scale = parameters.get("attention_factor")
-    if scale is None:
-        mscale, everywhere = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        scale = attention(mscale) / attention(everywhere) if mscale and everywhere else attention(1.0)
+    scale = attention(1.0)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        scale = attention(_number(parameters, "mscale")) / attention(_number(parameters, "mscale_all_dim"))
 
     pairs, theta = len(plain), _number(parameters, "rope_theta", 10000.0)
 
@@ -135,23 +134,31 @@ def _yarn(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     ramp = np.clip((np.arange(pairs, dtype=np.float32) - first) / ((last - first) or 0.001), 0.0, 1.0)
-    return Rope(_frequencies(plain / np.float32(factor) * ramp + plain * (1 - ramp)), float(scale))
+    return Rope(
+        _frequencies(plain / np.float32(factor) * ramp + plain * (1 - ramp)),
+        _number(parameters, "attention_factor", scale),
+    )
 
 
 def _longrope(plain: np.ndarray, parameters: Mapping[str, Any], max_position: int) -> Rope:
     """LongRoPE (Ding et al., 2024) as in Phi-3: a factor for each pair, in two sets."""
     original = int(_number(parameters, "original_max_position_embeddings", max_position))
+    if original < 2:
+        raise UnsupportedModelError(f"rope parameter original_max_position_embeddings={original}: must be at least 2")
     factor = _number(parameters, "factor", max_position / original)
-    scale = parameters.get("attention_factor")
-    if scale is None:
-        scale = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    scale = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
     sets = []
     for name in ("short_factor", "long_factor"):
-        factors = parameters.get(name)
-        if not isinstance(factors, list | tuple) or len(factors) != len(plain):
-            raise UnsupportedModelError(f"rope parameter {name}={factors!r}: must list {len(plain)} numbers")
+        factors: Any = parameters.get(name)
+        is_list = isinstance(factors, list | tuple) and len(factors) == len(plain)
+        if not is_list or not all(type(factor) in (int, float) and factor > 0 for factor in factors):
+            raise UnsupportedModelError(
+                f"rope parameter {name}={factors!r}: must list {len(plain)} positive numbers, one for "
+                "each pair of dims that partial_rotary_factor leaves rotated"
+            )
         sets.append(_frequencies(plain / np.asarray(factors, np.float32)))
-    return Rope(sets[0], float(scale), sets[1], original, is_long=max_position > original)
+    scale = _number(parameters, "attention_factor", scale)
+    return Rope(sets[0], scale, sets[1], original, is_long=max_position > original)
 
 
 _SCALINGS: dict[str, Callable[[np.ndarray, Mapping[str, Any], int], Rope]] = {

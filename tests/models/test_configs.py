@@ -152,3 +152,21 @@ def test_rope_far_out():
     angles = positions.astype(np.float32)[:, None] * np.asarray(rope.inverse_frequencies, np.float32)
     np.testing.assert_allclose(cos, np.cos(angles.astype(np.float64)), atol=3e-7)
     np.testing.assert_allclose(sin, np.sin(angles.astype(np.float64)), atol=3e-7)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3_longrope"]
+)
+def test_nonsense_is_refused_by_name(family):
+    """Whatever stands in a field that is read, parsing ends in a config or in an error that names the field."""
+    config = config_of(family)
+    nested = {f"rope_scaling.{name}" for name in config.get("rope_scaling") or {}}
+    for field in sorted((config.keys() | nested) - {"architectures"}):
+        for nonsense in (None, -1, 0, 1.5, 1e400, float("nan"), True, "x", [], ["x"], {}, {"x": 1}):
+            outer, _, inner = field.partition(".")
+            changed = config | {outer: config[outer] | {inner: nonsense} if inner else nonsense}
+            try:
+                parse(changed)
+            except UnsupportedModelError as error:
+                named = (inner or outer).split("_")[0]
+                assert named in str(error), (field, nonsense, str(error))

@@ -1,8 +1,13 @@
 """Every family's logits against those of transformers in float32 (`scripts/make_model_goldens.py`)."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.checkpoint import open_checkpoint
+from jaxllm.models.gemma2 import GemmaLayer
+from jaxllm.models.gemma3 import Gemma3ForCausalLM
+from jaxllm.models.loader import load_dummy
 from tests.models.harness import GOLDENS, load_golden, run
 
 FAMILIES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
@@ -53,3 +58,15 @@ def test_caches():
     assert [(cache.group, cache.window) for cache in caches] == [(1, 16), (1, 16), (0, None), (1, 16)]
     assert [(cache.num_kv_heads, cache.head_dim) for cache in caches] == [(2, 24)] * 4
     assert {(cache.group, cache.window) for cache in load_golden("mistral").layer_caches()} == {(0, 20)}
+
+
+def test_layers_are_traced_once(monkeypatch):
+    """Layers of one structure share a trace: tracing holds the interpreter's lock, and models have many layers."""
+    traced = []
+    call = GemmaLayer.__call__
+    monkeypatch.setattr(GemmaLayer, "__call__", lambda self, *args: traced.append(self) or call(self, *args))
+    hf = dict(open_checkpoint(GOLDENS / "gemma3").config, num_hidden_layers=12, intermediate_size=44)
+    model = Gemma3ForCausalLM(Gemma3ForCausalLM.parse_config(hf), dtype=jnp.float32)
+    load_dummy(model)
+    run(model, np.arange(8), [8], "reference", rung=8)
+    assert len(traced) == 2  # sliding and full
