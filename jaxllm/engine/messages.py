@@ -129,9 +129,12 @@ def encode(message: ToCore | FromCore) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """Inverse of `encode`, checked field by field. Raises msgspec.ValidationError for what is not a message."""
-    name, raw = _envelope.decode(data)
-    kind = _TO.get(name) or _FROM.get(name)
-    if kind is None:
-        raise msgspec.ValidationError(f"unknown message {name!r}")
-    return msgspec.msgpack.decode(raw, type=kind)
+    """Inverse of `encode`, checked field by field. Raises msgspec.DecodeError for what is not a message."""
+    try:
+        name, raw = _envelope.decode(data)
+        kind = _TO.get(name) or _FROM.get(name)
+        if kind is None:
+            raise msgspec.ValidationError(f"unknown message {name!r}")
+        return msgspec.msgpack.decode(raw, type=kind)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(str(error)) from error

@@ -1,0 +1,68 @@
+"""Two data-parallel ranks on two simulated devices give one rank's tokens."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.errors import ConfigError
+from tests.engine import tiny
+
+
+def work() -> list[tuple[list[int], SamplingParams]]:
+    """Enough for both ranks, unevenly; and one alone, so that a rank has nothing to do."""
+    return [(prompt, tiny.mixed_params(i)) for i, prompt in enumerate(tiny.prompts(32))]
+
+
+def results(llm: LLM) -> dict:
+    asked = work()
+    outputs = llm.generate([prompt for prompt, _ in asked], [params for _, params in asked])
+    wide = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2, logprobs=-1, n=2)
+    alone = llm.generate(asked[0][0], wide)[0]
+    again = llm.generate([asked[i][0] for i in (4, 5)], SamplingParams(temperature=0, max_tokens=4))
+    return {
+        "tokens": [output.outputs[0].token_ids for output in outputs],
+        "reasons": [output.outputs[0].finish_reason for output in outputs],
+        "alone": [sample.token_ids for sample in alone.outputs],
+        "prompt ids": [sorted(entry) for entry in alone.prompt_logprobs[1:]],
+        "best": [next(iter(entry)) for sample in alone.outputs for entry in sample.logprobs],
+        "again": [output.outputs[0].token_ids for output in again],
+    }
+
+
+def main(checkpoint: str) -> None:
+    """In a process of its own: two devices must be asked for before JAX starts."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    with tiny.llm(checkpoint, data_parallel_size=2, max_num_seqs=16) as llm:
+        found = results(llm)
+        core = llm._client._core  # type: ignore[attr-defined]
+        found["ranks"] = [scheduler._num_added for scheduler in core.schedulers]
+        found["left"] = [scheduler.kv_cache.usage for scheduler in core.schedulers]
+    print(json.dumps(found))
+
+
+def test_two_ranks_give_the_tokens_of_one(engine, checkpoint, root):
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "tests.engine.test_data_parallel", checkpoint("llama")]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert min(found.pop("ranks")) >= 12 and found.pop("left") == [0, 0]
+    assert found == results(engine())
+
+
+def test_more_ranks_than_devices_are_refused(checkpoint):
+    import jax
+
+    count = len(jax.devices())
+    with pytest.raises(ConfigError, match=rf"data_parallel_size={count + 1}: there are {count} devices"):
+        tiny.llm(checkpoint("llama"), data_parallel_size=count + 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
