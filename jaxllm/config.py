@@ -82,6 +82,6 @@ def config_from(model: str, options: dict[str, Any]) -> EngineConfig:
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ConfigError(f"unknown option {name!r}{hint} Options: {', '.join(known)}")
     return EngineConfig(model=model, **options)

@@ -14,11 +14,16 @@ MAX_N = 1024
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return _integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """An integer that messages can carry."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
+
+
+def _listed(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,24 +117,28 @@ class SamplingParams:
             value = getattr(self, field)
             need(value is None or (_integer(value) and value >= -1), field, "must be at least 0, or -1 for all")
         if self.logit_bias is not None:
+            need(isinstance(self.logit_bias, dict), "logit_bias", "must be a dict from token ids to biases")
             for token, bias in self.logit_bias.items():
                 if not _integer(token) or not _finite(bias) or abs(bias) > MAX_LOGIT_BIAS:
                     limit = f"token ids must be integers and biases in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
                     raise InvalidRequestError("logit_bias", {token: bias}, limit)
         for field in ("allowed_token_ids", "stop_token_ids"):
             value = getattr(self, field)
-            need(value is None or all(_integer(token) for token in value), field, "must be a list of integers")
+            listed = value is None or (_listed(value) and all(_integer(token) for token in value))
+            need(listed, field, "must be a list of integers")
         need(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids",
             "must allow at least one token",
         )
         if self.stop is not None:
-            need(all(isinstance(s, str) and s for s in self.stop), "stop", "must be non-empty strings")
+            listed = _listed(self.stop) and all(isinstance(s, str) and s for s in self.stop)
+            need(listed, "stop", "must be non-empty strings")
             need(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
             need(not self.stop or self.detokenize, "stop", "needs detokenize=True")
         if self.bad_words is not None:
-            need(all(isinstance(s, str) and s for s in self.bad_words), "bad_words", "must be non-empty strings")
+            listed = _listed(self.bad_words) and all(isinstance(s, str) and s for s in self.bad_words)
+            need(listed, "bad_words", "must be a list of non-empty strings")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequestError for token ids outside [0, vocab_size)."""

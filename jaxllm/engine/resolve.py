@@ -174,7 +174,7 @@ def _check_longest_fits(plan: EnginePlan) -> None:
         wanted = need if group.window is None else min(need, group.window + group.page_size)
         if tokens < wanted or group.num_pages < 2:
             raise OutOfMemoryError(
-                f"the KV cache of {plan.cache_bytes / 1e6:.0f} MB holds {max(tokens, 0)} tokens in group "
+                f"the KV cache of {plan.cache_bytes / 1e6:.3g} MB holds {max(tokens, 0)} tokens in group "
                 f"{group.name!r}; max_model_len={need} needs {wanted}. "
                 "Raise kv_cache_memory_bytes or lower max_model_len"
             )
