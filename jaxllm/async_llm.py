@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllm.config import config_from
 from jaxllm.core.sampling_params import SamplingParams
-from jaxllm.engine.messages import Finish, StepOutputs, Utility, UtilityResult
+from jaxllm.engine.messages import Finish, SequenceOutput, StepOutputs, Utility, UtilityResult
 from jaxllm.errors import EngineDeadError, InvalidRequestError, JaxllmError
 from jaxllm.frontend.collector import RequestCollector
 from jaxllm.frontend.engine import FrontEngine, Message, start_engine
@@ -218,7 +218,9 @@ class AsyncLLM:
         for message in messages:
             if isinstance(message, StepOutputs):
                 for output in message.outputs:
-                    self._deliver(output)
+                    self._deliver(output.id, output)
+                for sequence_id, token in zip(message.ids, message.tokens, strict=True):
+                    self._deliver(sequence_id, token)
             elif isinstance(message, UtilityResult):
                 future = self._utilities.pop(message.call)
                 if future.done():
@@ -228,19 +230,20 @@ class AsyncLLM:
                 else:
                     future.set_exception(RuntimeError(message.error))
 
-    def _deliver(self, output) -> None:
-        live = self._live.get(output.id)
+    def _deliver(self, sequence_id: str, news: SequenceOutput | int) -> None:
+        live = self._live.get(sequence_id)
         if live is None:
             return
         try:
-            delta = live.collector.add(output)
+            collector = live.collector
+            delta = collector.add_token(sequence_id, news) if isinstance(news, int) else collector.add(news)
         except Exception as error:  # its fault alone: the others' outputs are in the same message
-            logger.exception("request %s", output.id)
+            logger.exception("request %s", sequence_id)
             live.fail(JaxllmError(f"{type(error).__name__}: {error}"))
             return
         if delta is not None:
             if delta.finished:
-                del self._live[output.id]
+                del self._live[sequence_id]
             live.put(delta)
         if live.collector.to_stop:
             with contextlib.suppress(EngineDeadError):  # whoever receives gets to know

@@ -234,22 +234,34 @@ class LLM:
         return news
 
     def _dispatch(self, message: StepOutputs) -> list[tuple[str, CompletionOutput]]:
-        news = []
+        news: list[tuple[str, CompletionOutput]] = []
         for output in message.outputs:
             collector = self._collectors.get(output.id)
-            if collector is None:
-                continue
-            delta = collector.add(output)
-            if delta is not None:
-                news.append((output.id, delta))
-                if collector.output.request_id in self._deltas:
-                    self._deltas[collector.output.request_id].append(delta)
-                if delta.finished:
-                    del self._collectors[output.id]
-            if collector.to_stop:
-                self._client.send(Finish(collector.to_stop, reason="stop"))
-                collector.to_stop = []
+            if collector is not None:
+                self._hand_over(output.id, collector, collector.add(output), news)
+        for sequence_id, token in zip(message.ids, message.tokens, strict=True):
+            collector = self._collectors.get(sequence_id)
+            if collector is not None:
+                self._hand_over(sequence_id, collector, collector.add_token(sequence_id, token), news)
         return news
+
+    def _hand_over(
+        self,
+        sequence_id: str,
+        collector: RequestCollector,
+        delta: CompletionOutput | None,
+        news: list[tuple[str, CompletionOutput]],
+    ) -> None:
+        """Notes what is new of one sample, and tells the core if a stop string has ended it."""
+        if delta is not None:
+            news.append((sequence_id, delta))
+            if self._deltas and collector.output.request_id in self._deltas:
+                self._deltas[collector.output.request_id].append(delta)
+            if delta.finish_reason is not None:
+                del self._collectors[sequence_id]
+        if collector.to_stop:
+            self._client.send(Finish(collector.to_stop, reason="stop"))
+            collector.to_stop = []
 
     def _run(self, prepared: list[PreparedRequest], show: bool) -> list[RequestOutput]:
         collectors: list[RequestCollector] = []

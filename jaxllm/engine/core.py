@@ -22,7 +22,7 @@ from jaxllm.engine.messages import (
     Utility,
     UtilityResult,
 )
-from jaxllm.engine.runner import Launched, RowResult, Runner, TokenLogprobs
+from jaxllm.engine.runner import Launched, RowDetail, Runner, TokenLogprobs
 from jaxllm.errors import InvalidRequestError, QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,9 @@ class EngineCore:
         self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}
         self._previous: Launched | None = None
         self._outbox: list[SequenceOutput | UtilityResult] = []
+        self._begun: set[str] = set()  # requests whose first output, which says more than others, has gone out
+        self._ids: list[str] = []  # see StepOutputs
+        self._tokens: list[int] = []
         self._warm_up = warm_up
 
     # Messages
@@ -117,6 +120,7 @@ class EngineCore:
         self._rank_of.pop(request_id, None)
         self._bad_words.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
+        self._begun.discard(request_id)
 
     def _call(self, message: Utility) -> UtilityResult:
         try:
@@ -179,22 +183,29 @@ class EngineCore:
 
     def _read(self, launched: Launched) -> None:
         results = self.runner.read(launched)
-        for scheduler, batch, rows in zip(self.schedulers, launched.batches, results, strict=True):
+        for scheduler, batch, result in zip(self.schedulers, launched.batches, results, strict=True):
             if batch is None:
                 continue
             by_id = {}
-            for row, result in zip(batch.rows, rows, strict=True):
-                if scheduler.requests.get(row.request.id) is not row.request:
+            for index, detail in result.details.items():
+                request = batch.rows[index].request
+                if scheduler.requests.get(request.id) is not request:
                     continue  # it has ended meanwhile; the id may be another request's by now
-                if not result.finite:
-                    self._fail(row.request.id, scheduler)
-                elif result.logprobs or result.prompt_logprobs:
-                    by_id[row.request.id] = result
-                    self._collect(row.request, result)
-            for update in scheduler.finish(batch, [result.tokens for result in rows]):
-                self._outbox.append(self._output(update, by_id.get(update.request.id)))
+                if not detail.finite:
+                    self._fail(request.id, scheduler)
+                else:
+                    by_id[request.id] = detail
+                    self._collect(request, detail)
+            for update in scheduler.finish(batch, result.tokens):
+                request_id, new = update.request.id, update.new_tokens
+                if len(new) == 1 and request_id in self._begun and request_id not in by_id and not update.ended:
+                    self._ids.append(request_id)
+                    self._tokens.append(new[0])
+                    continue
+                self._begun.add(request_id)
+                self._outbox.append(self._output(update, by_id.get(request_id)))
                 if update.ended:
-                    self._forget(update.request.id)
+                    self._forget(request_id)
 
     def _fail(self, request_id: str, scheduler: Scheduler) -> None:
         scheduler.finish_request(request_id, Status.ERROR)
@@ -203,13 +214,13 @@ class EngineCore:
         logger.warning("request %s: %s", request_id, error)
         self._outbox.append(SequenceOutput(request_id, [], finish_reason="error", error=error))
 
-    def _collect(self, request: Request, result: RowResult) -> None:
+    def _collect(self, request: Request, result: RowDetail) -> None:
         collected = self._prompt_logprobs.get(request.id)
         if collected is not None:
             for position, entry in result.prompt_logprobs:
                 collected[position] = _logprobs(request.tokens[position], entry)
 
-    def _output(self, update: Update, result: RowResult | None) -> SequenceOutput:
+    def _output(self, update: Update, result: RowDetail | None) -> SequenceOutput:
         request = update.request
         output = SequenceOutput(request.id, update.new_tokens, num_cached_tokens=request.num_cached)
         if result is not None and result.logprobs:
@@ -227,7 +238,9 @@ class EngineCore:
         outbox, self._outbox = self._outbox, []
         outputs = [message for message in outbox if isinstance(message, SequenceOutput)]
         others = [message for message in outbox if isinstance(message, UtilityResult)]
-        return [*others, StepOutputs(outputs)] if outputs else list(others)
+        ids, self._ids = self._ids, []
+        tokens, self._tokens = self._tokens, []
+        return [*others, StepOutputs(outputs, ids, tokens)] if outputs or ids else list(others)
 
     def close(self) -> None:
         """Stops compiling."""

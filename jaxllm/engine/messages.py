@@ -81,9 +81,11 @@ class SequenceOutput:
 
 @dataclasses.dataclass(slots=True)
 class StepOutputs:
-    """All of a step's outputs."""
+    """All of a step's outputs. Most rows bring one token and nothing else to say: these are `tokens`, by `ids`."""
 
     outputs: list[SequenceOutput]
+    ids: list[str] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True)

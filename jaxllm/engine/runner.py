@@ -53,20 +53,35 @@ class TokenLogprobs:
 
 
 @dataclasses.dataclass(slots=True)
-class RowResult:
-    """What a step brought for one row.
+class RowDetail:
+    """What a step brought for a row beside its tokens.
 
     Attributes:
-      tokens: the accepted new tokens; empty if the row does not sample.
       logprobs: one a token, if asked for.
       prompt_logprobs: (position, logprobs) of prompt tokens, where asked for.
       finite: False if the row's logits held NaN or infinity, or no token was left to choose.
     """
 
-    tokens: list[int]
-    logprobs: list[TokenLogprobs] | None
-    prompt_logprobs: list[tuple[int, TokenLogprobs]]
-    finite: bool
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[tuple[int, TokenLogprobs]] = dataclasses.field(default_factory=list)
+    finite: bool = True
+
+
+@dataclasses.dataclass(slots=True)
+class StepResult:
+    """What a step brought for one rank.
+
+    Attributes:
+      tokens: each row's accepted new tokens; empty for rows that do not sample.
+      details: of the rows that have any, by index.
+    """
+
+    tokens: list[list[int]]
+    details: dict[int, RowDetail]
+
+    def detail(self, row: int) -> RowDetail:
+        """The row's detail, made if there is none."""
+        return self.details.setdefault(row, RowDetail())
 
 
 @dataclasses.dataclass(slots=True)
@@ -254,12 +269,13 @@ class Runner:
 
     # Reading
 
-    def read(self, launched: Launched) -> list[list[RowResult]]:
-        """Waits for a step; results of each rank's rows. Raises what the device raised."""
+    def read(self, launched: Launched) -> list[StepResult]:
+        """Waits for a step; each rank's results. Raises what the device raised."""
         output = np.asarray(launched.output).reshape(self.num_ranks, launched.num_rows, -1)
-        results = []
-        for rank, batch in enumerate(launched.batches):
-            results.append(self._read_rank(output[rank], batch) if batch is not None else [])
+        results = [
+            StepResult([], {}) if batch is None else _read_rank(output[rank], batch)
+            for rank, batch in enumerate(launched.batches)
+        ]
         for wide in launched.wide:
             logprob, rank_, ids, tops = (np.asarray(array) for array in wide.result)
             for at, (rank, row, position) in enumerate(wide.owners):
@@ -271,29 +287,11 @@ class Runner:
                 entry = TokenLogprobs(
                     float(logprob[at]), int(rank_[at]), ids[at, :count].tolist(), tops[at, :count].tolist()
                 )
+                detail = results[rank].detail(row)
                 if position is None:
-                    results[rank][row].logprobs = [entry]
+                    detail.logprobs = [entry]
                 else:
-                    results[rank][row].prompt_logprobs.append((position, entry))
-        return results
-
-    def _read_rank(self, output: np.ndarray, batch: Batch) -> list[RowResult]:
-        columns = output[: len(batch.rows), :OUTPUT_COLUMNS].tolist()
-        floats = output.view(np.float32)
-        width = (output.shape[1] - OUTPUT_COLUMNS) // 2
-        results = []
-        for index, (row, (token, accepted, _, rank, finite)) in enumerate(zip(batch.rows, columns, strict=True)):
-            if not row.samples:
-                results.append(RowResult([], None, [], True))
-                continue
-            logprobs = None
-            asked = row.request.params.logprobs
-            if asked is not None and width and not is_wide(asked):
-                ids = output[index, OUTPUT_COLUMNS : OUTPUT_COLUMNS + min(asked, width)].tolist()
-                start = OUTPUT_COLUMNS + width
-                tops = floats[index, start : start + min(asked, width)].tolist()
-                logprobs = [TokenLogprobs(float(floats[index, 2]), rank, ids, tops)]
-            results.append(RowResult([token] if finite and accepted else [], logprobs, [], bool(finite)))
+                    detail.prompt_logprobs.append((position, entry))
         return results
 
     def replace_weights(self, leaves: list[jax.Array]) -> None:
@@ -312,6 +310,30 @@ def max_updates(plan: EnginePlan) -> int:
 def layout_of(plan: EnginePlan) -> StepLayout:
     """The packed metadata's layout for these sizes."""
     return StepLayout(plan.scheduler.max_num_seqs, len(plan.groups), max_updates(plan))
+
+
+def _read_rank(output: np.ndarray, batch: Batch) -> StepResult:
+    """output: int32[at least the rows, OUTPUT_COLUMNS + 2 N], see `jaxllm.engine.step.pack_output`."""
+    output = output[: len(batch.rows)]
+    sampled, finite = output[:, 0].tolist(), output[:, 4]
+    result = StepResult([[token] if row.samples else [] for row, token in zip(batch.rows, sampled, strict=True)], {})
+    if not finite.all():
+        for index in np.flatnonzero(finite == 0).tolist():
+            if batch.rows[index].samples:
+                result.tokens[index] = []
+                result.detail(index).finite = False
+    width = (output.shape[1] - OUTPUT_COLUMNS) // 2
+    if width:
+        floats = output.view(np.float32)
+        for index, row in enumerate(batch.rows):
+            asked = row.request.params.logprobs
+            if asked is not None and row.samples and not is_wide(asked):
+                ids = output[index, OUTPUT_COLUMNS : OUTPUT_COLUMNS + min(asked, width)].tolist()
+                start = OUTPUT_COLUMNS + width
+                tops = floats[index, start : start + min(asked, width)].tolist()
+                entry = TokenLogprobs(float(floats[index, 2]), int(output[index, 3]), ids, tops)
+                result.detail(index).logprobs = [entry]
+    return result
 
 
 def _zeros(spec: Any) -> jax.Array:

@@ -82,16 +82,36 @@ class RequestCollector:
         self._extend(sample, delta)
         return delta
 
+    def add_token(self, sequence_id: str, token: int) -> CompletionOutput | None:
+        """`add` for one token that comes with nothing else."""
+        index = self._index[sequence_id]
+        sample = self.output.outputs[index]
+        if sample.finish_reason is not None:
+            return None
+        change = self._texts[index].append((token,))
+        delta = CompletionOutput(index, change.text, [token])
+        sample.token_ids.append(token)
+        if change.stop_string is not None:
+            delta.token_ids = [token][: change.num_tokens]
+            del sample.token_ids[len(sample.token_ids) - 1 + change.num_tokens :]
+            delta.finish_reason, delta.stop_reason = "stop", change.stop_string
+            self.to_stop.append(sequence_id)
+            self._end(sample, delta)
+        return delta
+
+    def _end(self, sample: CompletionOutput, delta: CompletionOutput) -> None:
+        sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
+        sample.text = self._texts[sample.index].text
+        self.output.finished = all(other.finished for other in self.output.outputs)
+
     def _extend(self, sample: CompletionOutput, delta: CompletionOutput) -> None:
         sample.token_ids += delta.token_ids
-        sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
         if delta.logprobs is not None:
             sample.logprobs = [] if sample.logprobs is None else sample.logprobs
             sample.logprobs += delta.logprobs
             sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + (delta.cumulative_logprob or 0.0)
-        if sample.finish_reason is not None:
-            sample.text = self._texts[sample.index].text
-            self.output.finished = all(other.finished for other in self.output.outputs)
+        if delta.finish_reason is not None:
+            self._end(sample, delta)
 
     def snapshot(self) -> RequestOutput:
         """The output so far, texts included."""
