@@ -6,7 +6,6 @@ context is ever held. Everything is computed in float32. XLA fuses the page gath
 stand head-major, which is why the layout is [page, key or value, head, token, dim].
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -149,14 +148,13 @@ def ragged_paged_attention(
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = cache.shape[2]
     queries = (q.astype(jnp.float32) * scale).reshape(tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    options = functools.partial(dict, window=window, cap=cap)
     grouped = None if sinks is None else sinks.reshape(num_kv_heads, -1)
 
     num_rows = min(tokens, metadata.kv_lens.shape[0])  # decode rows stand first: row r's query is token r
-    out = _decode(queries[:num_rows], cache, metadata, **options(sinks=grouped))
+    out = _decode(queries[:num_rows], cache, metadata, window=window, cap=cap, sinks=grouped)
     if tokens > 1:
         token = jnp.arange(tokens)[:, None, None, None]
-        longer = _prefill(queries, cache, metadata, **options(sinks=grouped))
+        longer = _prefill(queries, cache, metadata, window=window, cap=cap, sinks=grouped)
         decoded = jnp.pad(out, ((0, tokens - num_rows), (0, 0), (0, 0), (0, 0)))
         out = jnp.where(token < metadata.num_decodes, decoded, longer)
     out = out.reshape(tokens, num_heads, head_dim)
