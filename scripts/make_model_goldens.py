@@ -149,9 +149,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         if "norm" in name:
             center = parameter.detach()  # 1, or 0 where norms are stored less one
             values = center + 0.3 * values
-        elif name.endswith("bias"):
-            values = 0.5 * values
-        elif "embed" in name:
+        elif name.endswith("bias") or "embed" in name:
             values = 0.5 * values
         else:
             values = values * 1.5 / parameter.shape[1] ** 0.5
