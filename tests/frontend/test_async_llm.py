@@ -1,0 +1,271 @@
+"""AsyncLLM: many streams at once, slow readers, aborts, back-pressure, and an engine that dies."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from jaxllm import AsyncLLM, SamplingParams
+from jaxllm.errors import EngineDeadError, InvalidRequestError, JaxllmError, QueueFullError
+from tests.engine import tiny
+
+LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+
+
+def serve(model: str, use, **options):
+    """Runs `use(llm)` on an event loop of its own, with an engine in this process unless asked otherwise."""
+
+    async def main():
+        options.setdefault("engine_process", False)
+        async with AsyncLLM(model, **{**tiny.OPTIONS, **options}) as llm:
+            return await asyncio.wait_for(use(llm), timeout=60)
+
+    return asyncio.run(main())
+
+
+async def read(stream) -> tuple[list[int], str, str | None]:
+    """All tokens, all text and the finish reason of a stream of deltas of one sample."""
+    tokens, text, reason = [], "", None
+    async for delta in stream:
+        tokens, text, reason = tokens + delta.token_ids, text + delta.text, delta.finish_reason
+    return tokens, text, reason
+
+
+async def settled(llm: AsyncLLM) -> dict:
+    """Figures once nothing runs any more."""
+    while True:
+        stats = await llm.stats()
+        if not stats["running"] and not stats["waiting"]:
+            return stats
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("engine_process", [False, True])
+def test_64_streams_with_slow_readers_and_aborts(checkpoint, truth, engine_process):
+    work, alone = truth("llama")
+    rng = random.Random(0)
+
+    async def one(llm, index: int) -> str:
+        prompt, params = work[index % 32]
+        expected = alone[index % 32].outputs[0]
+        manner = rng.choice(["read", "slow", "complete", "abort", "leave", "cancel"])
+        await asyncio.sleep(rng.random() * 0.1)
+        if manner == "complete":
+            output = await llm.complete(prompt, params)
+            assert (output.outputs[0].token_ids, output.outputs[0].text) == (expected.token_ids, expected.text)
+            assert output.finished and output.outputs[0].finish_reason == expected.finish_reason
+            return manner
+        if manner == "cancel":
+            task = asyncio.create_task(read(llm.generate(prompt, params)))
+            await asyncio.sleep(rng.random() * 0.05)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return manner
+        tokens, text, reason = [], "", None
+        stream = llm.generate(prompt, params, request_id=f"own {index}")
+        async for delta in stream:
+            tokens, text, reason = tokens + delta.token_ids, text + delta.text, delta.finish_reason
+            assert delta.token_ids or delta.text or delta.finished
+            if manner == "slow":
+                await asyncio.sleep(0.02)
+            if manner == "abort":
+                await llm.abort(f"own {index}")
+            if manner == "leave" and len(tokens) >= 2:
+                break
+        if manner in ("read", "slow"):
+            assert (tokens, text, reason) == (expected.token_ids, expected.text, expected.finish_reason)
+        else:
+            assert tokens == expected.token_ids[: len(tokens)]
+            assert manner == "leave" or reason in ("abort", expected.finish_reason)
+        return manner
+
+    async def use(llm):
+        manners = await asyncio.gather(*(one(llm, index) for index in range(64)))
+        assert len(set(manners)) == 6
+        stats = await settled(llm)
+        assert stats["cache_usage"] == 0 and stats["steps"] > 20
+        await asyncio.sleep(0)
+        assert not llm._live and not llm._requests
+        return llm
+
+    llm = serve(checkpoint("llama"), use, engine_process=engine_process)
+    llm._pump.join(timeout=5)
+    assert not llm._pump.is_alive()
+    if engine_process:
+        with pytest.raises(ProcessLookupError):
+            os.kill(llm._client._process.pid, 0)
+
+
+def test_a_slow_reader_gets_what_it_missed_in_one_piece(checkpoint):
+    async def use(llm):
+        stream = llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, n=2, logprobs=1))
+        first = await anext(stream)
+        while (await llm.stats())["running"]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        rest = [delta async for delta in stream]
+        assert len(rest) <= 3 and {delta.index for delta in rest} == {0, 1}  # one a sample, beside what was taken
+        counts = {0: 0, 1: 0}
+        for delta in [first, *rest]:
+            counts[delta.index] += len(delta.token_ids)
+            assert len(delta.logprobs) == len(delta.token_ids)
+            values = [entry[token].logprob for token, entry in zip(delta.token_ids, delta.logprobs, strict=True)]
+            assert delta.cumulative_logprob == pytest.approx(sum(values))
+        assert counts == {0: 40, 1: 40}
+
+    serve(checkpoint("llama"), use)
+
+
+def test_leaving_early_aborts_within_a_step(checkpoint):
+    async def use(llm):
+        async for _ in llm.generate([5, 6, 7], LONG):
+            break
+        before = (await llm.stats())["steps"]
+        after = await settled(llm)
+        assert after["steps"] - before <= 3 and after["steps"] < 20
+
+    serve(checkpoint("llama"), use)
+
+
+def test_abort_ends_all_samples_and_ignores_unknown_requests(checkpoint):
+    async def use(llm):
+        ends = []
+        async for delta in llm.generate(
+            [5, 6, 7], SamplingParams(n=3, max_tokens=100, ignore_eos=True), request_id="x"
+        ):
+            await llm.abort("x")
+            await llm.abort("y")
+            if delta.finished:
+                ends.append((delta.index, delta.finish_reason))
+        assert sorted(ends) == [(0, "abort"), (1, "abort"), (2, "abort")]
+
+    serve(checkpoint("llama"), use)
+
+
+def test_requests_wait_for_their_turn(checkpoint):
+    async def use(llm):
+        most = 0
+
+        async def watched(i):
+            nonlocal most
+            async for _ in llm.generate([5 + i], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)):
+                most = max(most, len(llm._requests))
+
+        await asyncio.gather(*(watched(i) for i in range(20)))
+        assert most == 3
+
+    serve(checkpoint("llama"), use, max_concurrent_requests=3)
+
+
+def test_a_full_queue_refuses_and_serves_the_others(checkpoint):
+    async def use(llm):
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        results = await asyncio.gather(*(llm.complete([5 + i], params) for i in range(60)), return_exceptions=True)
+        refused = [result for result in results if isinstance(result, QueueFullError)]
+        served = [result for result in results if not isinstance(result, BaseException)]
+        assert refused and len(refused) + len(served) == 60 and "max_waiting_requests=4" in str(refused[0])
+        assert all(len(output.outputs[0].token_ids) == 20 for output in served)
+        assert len((await llm.complete([5], params)).outputs[0].token_ids) == 20
+
+    serve(checkpoint("llama"), use, max_waiting_requests=4)
+
+
+def test_bad_requests_are_refused_beside_a_stream(checkpoint, truth):
+    work, alone = truth("llama")
+
+    async def use(llm):
+        reader = asyncio.create_task(read(llm.generate(*work[0], request_id="mine")))
+        await asyncio.sleep(0)
+        for options in ({"request_id": ""}, {"request_id": 5}, {"priority": "high"}, {"cache_salt": None}):
+            with pytest.raises(InvalidRequestError, match=next(iter(options))):
+                await llm.complete([5, 6], **options)
+        while "mine" not in llm._requests:
+            await asyncio.sleep(0)
+        with pytest.raises(InvalidRequestError, match="unique among live requests"):
+            await llm.complete([5, 6], request_id="mine")
+        with pytest.raises(InvalidRequestError, match="at least one token"):
+            await llm.complete([])
+        assert (await reader)[0] == alone[0].outputs[0].token_ids
+        again = await llm.complete(*work[0], request_id="mine")  # the name is free again
+        assert again.outputs[0].token_ids == alone[0].outputs[0].token_ids
+
+    serve(checkpoint("llama"), use)
+
+
+def test_a_sequence_name_of_a_live_request_is_taken_too(checkpoint):
+    async def use(llm):
+        stream = llm.generate([5, 6], SamplingParams(n=2, max_tokens=50, ignore_eos=True), request_id="x")
+        await anext(stream)
+        with pytest.raises(InvalidRequestError, match="request_id='x/1'"):
+            await llm.complete([5, 6], request_id="x/1")
+        await stream.aclose()
+
+    serve(checkpoint("llama"), use)
+
+
+def test_giving_up_on_figures_harms_nobody(checkpoint, truth):
+    work, alone = truth("llama")
+
+    async def use(llm):
+        reader = asyncio.create_task(read(llm.generate(*work[1])))
+        for _ in range(10):
+            task = asyncio.create_task(llm.stats())
+            await asyncio.sleep(0)
+            task.cancel()
+        assert (await reader)[0] == alone[1].outputs[0].token_ids
+
+    serve(checkpoint("llama"), use)
+
+
+def test_a_fault_in_one_requests_text_is_its_own(checkpoint, truth, monkeypatch):
+    work, alone = truth("llama")
+
+    async def use(llm):
+        broken = llm.generate([5, 6], LONG, request_id="broken")
+        await anext(broken)
+        monkeypatch.setattr(llm._requests["broken"], "_texts", None)
+        other = asyncio.create_task(read(llm.generate(*work[2])))
+        with pytest.raises(JaxllmError, match="TypeError"):
+            await read(broken)
+        assert (await other)[0] == alone[2].outputs[0].token_ids
+        await settled(llm)
+
+    serve(checkpoint("llama"), use)
+
+
+def test_a_killed_engine_is_an_error_for_everyone(checkpoint):
+    async def use(llm):
+        streams = [asyncio.create_task(read(llm.generate([5 + i], LONG))) for i in range(40)]
+        while (await llm.stats())["running"] < 30:
+            await asyncio.sleep(0.01)
+        os.kill(llm._client._process.pid, signal.SIGKILL)
+        begin = time.monotonic()
+        figures = asyncio.create_task(llm.stats())
+        results = await asyncio.gather(*streams, figures, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) for result in results), results
+        for use_again in (llm.complete([5]), llm.stats(), llm.warm_up()):
+            with pytest.raises(EngineDeadError, match="ended"):
+                await use_again
+        assert time.monotonic() - begin < 5
+
+    serve(checkpoint("llama"), use, engine_process=True)
+
+
+def test_closing_ends_the_waiting(checkpoint):
+    async def use(llm):
+        streams = [asyncio.create_task(read(llm.generate([5 + i], LONG))) for i in range(5)]
+        await asyncio.sleep(0.05)
+        llm.close()
+        results = await asyncio.gather(*streams, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) for result in results)
+        with pytest.raises(EngineDeadError, match="closed"):
+            await llm.complete([5])
+
+        return llm
+
+    pump = serve(checkpoint("llama"), use)._pump
+    pump.join(timeout=5)
+    assert not pump.is_alive()
