@@ -69,7 +69,8 @@ def build_core(
     checkpoint = checkpoint or open_checkpoint(config.model, config.revision)
     family = model_class(checkpoint.config)
     dtype = resolve_dtype(config)
-    model = family(family.parse_config(checkpoint.config), dtype=dtype)
+    parsed = family.parse_config(checkpoint.config)
+    model = family(parsed.for_length(config.max_model_len or parsed.max_position_embeddings), dtype=dtype)
     plan = plan_engine(config, model)
     if config.data_parallel_size > len(jax.devices()):
         raise ConfigError(f"data_parallel_size={config.data_parallel_size}: there are {len(jax.devices())} devices")

@@ -40,7 +40,6 @@ def ragged_paged_attention(
     if v_scale is not None:
         v = v / v_scale
     cache = write(cache, k, v, metadata)
-    page_size = cache.shape[3]
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = cache.shape[2]
 
