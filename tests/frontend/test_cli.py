@@ -123,16 +123,21 @@ def test_helpers():
 
 
 def test_a_process_of_its_own(model, expected, root):
-    """Streams, says how it went, leaves with the right status, and prints one line for an error."""
+    """Streams, says how it went and leaves at once."""
     flags = ["generate", "the hand", "--model", model, "--max-tokens", "12", "--ignore-eos", *SIZES]
     done = subprocess.run([*COMMAND, *flags], cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, expected("the hand") + "\n")
     assert "after the start of the process" in done.stderr
-    bad = subprocess.run(
-        [*COMMAND, "generate", "the", "--model", "no/such/model"], cwd=root, capture_output=True, text=True, timeout=120
-    )
-    assert bad.returncode == 2 and bad.stdout == ""
-    assert len(bad.stderr.splitlines()) == 1 and bad.stderr.startswith("jaxllm: model='no/such/model'")
+
+
+def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
+    from jaxllm import cli
+
+    monkeypatch.setattr(sys, "argv", ["jaxllm", "generate", "the", "--model", "no/such/model"])
+    assert cli._run() == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert said.err.startswith("jaxllm: model='no/such/model'")
 
 
 def test_interrupting_an_answer_leaves_the_conversation(model, root):
