@@ -1,8 +1,13 @@
 """Ragged paged attention on Hopper GPUs, in Mosaic GPU (Pallas): TMA page gathers, wgmma, warp specialization.
 
 Three steps: `gpu_write` puts the new keys and values into their pages, in place; `gpu_decode` serves the leading rows
-of one query token, split over the keys; `gpu_prefill` serves all other rows and zeroes the padding.
+of one query token, split over the keys; `gpu_prefill` serves all other rows, zeroes the padding, and joins what decode
+split.
 """
+
+import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,24 @@ from .types import AttentionMetadata, CacheSpec
 PAGE_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUP = 16
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads((Path(__file__).parent / "gpu_tuned.json").read_text())
+
+
+def tuned_decode(head_dim: int) -> gpu_decode.DecodeConfig:
+    """The measured best for 64, 128 or 256."""
+    return gpu_decode.DecodeConfig(**_table()["decode"][str(head_dim)])
+
+
+def tuned_prefill(head_dim: int, group: int, num_tokens: int) -> gpu_prefill.PrefillConfig:
+    """Few tokens: the heads of a group share a row tile, so that short rows fill it. Many: one head a tile."""
+    pack = 1
+    if num_tokens < _table()["pack_below_tokens"]:
+        pack = next(pack for pack in (8, 4, 2, 1) if group % pack == 0)
+    return gpu_prefill.PrefillConfig(**_table()["prefill"][str(head_dim)], pack=pack)
 
 
 def cache_shape(spec: CacheSpec) -> jax.ShapeDtypeStruct:
@@ -54,7 +77,8 @@ def ragged_paged_attention(
     prefill_config: gpu_prefill.PrefillConfig | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.ragged_paged_attention`.
+    """See `api.ragged_paged_attention`. Two differences: all computation is in bfloat16 with float32 sums, and padding
+    tokens are not written to the dummy page.
 
     Args:
       decode_config, prefill_config: tile sizes; None takes the tuned ones.
@@ -84,8 +108,8 @@ def ragged_paged_attention(
             jnp.float32(1.0) if v_scale is None else jnp.float32(v_scale),
         ]
     )
-    decode_config = decode_config or gpu_decode.tuned(cache.shape[4])
-    prefill_config = prefill_config or gpu_prefill.tuned(cache.shape[4], group)
+    decode_config = decode_config or tuned_decode(cache.shape[4])
+    prefill_config = prefill_config or tuned_prefill(cache.shape[4], group, num_tokens)
     if pad := cache.shape[4] - head_dim:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (q, k, v))
     least = max(prefill_config.tokens, -(-16 // num_heads))  # a block of queries must fit
@@ -95,8 +119,8 @@ def ragged_paged_attention(
     options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret}
     cache = gpu_write.write(cache, k, v, metadata, interpret=interpret)
     flat = q.reshape(-1, q.shape[2])
-    out = gpu_decode.decode(flat, cache, metadata, scales, group=group, config=decode_config, **options)
+    out, parts = gpu_decode.decode(flat, cache, metadata, scales, group=group, config=decode_config, **options)
     out_ref = jax.new_ref(out.reshape(q.shape))
-    gpu_prefill.prefill(q, cache, out_ref, metadata, scales, config=prefill_config, **options)
+    gpu_prefill.prefill(q, cache, out_ref, parts, metadata, scales, config=prefill_config, **options)
     out = jax.freeze(out_ref)
     return out[:num_tokens, :, :head_dim], cache

@@ -7,6 +7,7 @@ first rows of a wgmma tile of 64. A pair that several streams share leaves parti
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,65 @@ class DecodeConfig:
     blocks: int = 132
 
 
-def tuned(head_dim: int) -> DecodeConfig:
-    return DecodeConfig(slots=4, consumers=1) if head_dim > 128 else DecodeConfig()
+class Parts(NamedTuple):
+    """Partial results of the streams, for `merge`.
+
+    Attributes:
+      plan: int32[streams, 5], see `decode_plan`.
+      values: float32[streams, 2 (of the first pair, of the last), query heads a key-value head, head_dim], normalised.
+      lse: like values: the logarithm to base 2 of the sum of exponents, the same in all columns.
+    """
+
+    plan: jax.Array
+    values: jax.Array
+    lse: jax.Array
+
+
+def merge(parts: Parts, stream, group: int, num_kv_heads: int, stage, out_ref):
+    """Inside a kernel: joins the parts of the pair that `stream` continues first, if it does; does not await the copy.
+
+    Args:
+      parts: Refs in GMEM.
+      stage: Ref in SMEM, [at least the parts' rows, head_dim] in out's dtype.
+      out_ref: Ref in GMEM, [T, num_heads, head_dim].
+    """
+    _, _, part_rows, head_dim = parts.values.shape
+    chunk = max(1, 32 * 128 // (part_rows * head_dim))
+    elements = part_rows * head_dim // 128  # a thread
+    vector = next(size for size in (4, 2, 1) if elements % size == 0)
+    layout = plgpu.Layout.WG_STRIDED((part_rows, head_dim), vec_size=vector)
+    continuing = parts.plan[stream, 4]
+
+    @pl.when(continuing > 0)
+    def _():
+        pair = parts.plan[stream, 0]
+
+        def join(index, state):
+            total, highest, weight = state
+            values, lses = [], []
+            for i in range(chunk):
+                number = index * chunk + i  # part 0 is the last of the stream before, the others are first ones
+                known = jnp.minimum(number, continuing)
+                source = (stream - 1 + known, jnp.where(known == 0, 1, 0))
+                value, lse = (plgpu.load(ref.at[source], layout=layout) for ref in (parts.values, parts.lse))
+                values.append(value)
+                lses.append(lse + jnp.where(number == known, 0.0, 2 * NO_MAXIMUM))  # past the last: weighs nothing
+            new_highest = functools.reduce(jnp.maximum, lses, highest)
+            alpha = jnp.exp2(highest - new_highest)
+            total, weight = total * alpha, weight * alpha
+            for value, lse in zip(values, lses):
+                beta = jnp.exp2(lse - new_highest)
+                total, weight = total + value * beta, weight + beta
+            return total, new_highest, weight
+
+        zeros = plgpu.layout_cast(jnp.zeros((part_rows, head_dim), jnp.float32), layout)
+        state = (zeros, zeros + NO_MAXIMUM, zeros)
+        total, _, weight = lax.fori_loop(0, lax.div(continuing, chunk) + 1, join, state)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage[pl.ds(0, part_rows)] = (total / weight).astype(stage.dtype)
+        plgpu.commit_smem()
+        row, head = lax.div(pair, num_kv_heads), lax.rem(pair, num_kv_heads)
+        plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, group)], out_ref.at[row, pl.ds(head * group, group)])
 
 
 def weighted_sum(weights: jax.Array, values_ref, interpret) -> jax.Array:
@@ -70,7 +128,7 @@ def _decode_body(
     interpret,
 ):
     out_ref, part_ref, lse_ref = refs[:3]
-    q_smem, staging, ring, lse_smem, q_ready, filled, emptied = refs[3:]
+    q_stage, q_smem, staging, ring, q_ready, filled, emptied = refs[3:]
     num_kv_heads, head_dim = cache_ref.shape[2], cache_ref.shape[5]
     tile, slots, consumers = config.tile, config.slots, config.consumers
     q_rows = 8 * pl.cdiv(group, 8)
@@ -131,20 +189,29 @@ def _decode_body(
         out_tile, part_tile = (ref.at[worker] for ref in staging)
         scale, value_scale = scales_ref[0], scales_ref[1]
 
-        def segment(_, carry):
-            pair, offset, left, done = carry
-            row, kv_len, first, tiles = tiles_of(pair)
-            here = jnp.minimum(tiles - offset, left)
-            head = lax.rem(pair, num_kv_heads)
-            out_row = (row * num_kv_heads + head) * group
-            q_start = jnp.minimum(out_row, q_ref.shape[0] - q_rows)
+        copied = q_stage.shape[1]
+        q_layout = plgpu.Layout.SMEM_GMEM_COPY((copied, head_dim), q_ref.dtype, 128)
 
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def start_query(pair):
+            start = jnp.minimum(pair * group, q_ref.shape[0] - q_rows)
+            target = q_stage.at[worker, pl.ds(0, q_rows)]
+            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(start, q_rows)], target, q_ready.at[worker])
+
+        def segment(index, carry):
+            pair, offset, left, done, kv_len = carry
+            first, tiles = row_tiles(kv_len, tile, window)
+            here = jnp.minimum(tiles - offset, left)
+            out_row = pair * group
+            q_start = jnp.minimum(out_row, q_ref.shape[0] - q_rows)
+            # What the next segment needs is on its way while this one computes.
+            next_row = jnp.minimum(lax.div(pair + 1, num_kv_heads), kv_lens_ref.shape[0] - 1)
+            next_kv_len = kv_lens_ref[next_row]
+
             # TMA cannot put rows that start anywhere into wgmma's layout, so they take a way through registers.
-            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(q_start, q_rows)], out_tile.at[pl.ds(0, q_rows)], q_ready.at[worker])
             plgpu.barrier_wait(q_ready.at[worker])
-            q_tile[...] = plgpu.load(out_tile, layout=WGMMA, optimized=False)
+            q_tile[pl.ds(0, copied)] = plgpu.load(q_stage.at[worker], layout=q_layout, optimized=False)
             plgpu.commit_smem()
+            pl.when(index + 1 < segments)(lambda: start_query(pair + 1))
 
             def attend(index, state):
                 accs, highest, total = state
@@ -212,6 +279,7 @@ def _decode_body(
 
             @pl.when(whole)
             def _finish():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for i, acc in enumerate(accs):
                     out_tile[:, pl.ds(i * columns, columns)] = acc.astype(out_ref.dtype)
                 plgpu.commit_smem()
@@ -220,63 +288,36 @@ def _decode_body(
             @pl.when(jnp.logical_not(whole))
             def _leave_part():
                 which = jnp.where(offset == 0, 1, 0)
-                lse_smem[worker] = jnp.where(total > 0.0, highest + jnp.log2(total), NO_MAXIMUM)
-                for start in range(0, head_dim, half):
+                lse = jnp.where(total > 0.0, highest + jnp.log2(total), NO_MAXIMUM)
+
+                def leave(value, target_ref, starts):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    inside = start % columns
-                    part_tile[...] = accs[start // columns][:, inside : inside + half]
+                    part_tile[...] = value
                     plgpu.commit_smem()
-                    target = part_ref.at[stream, which, pl.ds(0, group), pl.ds(start, half)]
-                    plgpu.copy_smem_to_gmem(part_tile.at[rows], target)
-                plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[stream, which])
+                    for start in starts:
+                        target = target_ref.at[stream, which, pl.ds(0, group), pl.ds(start, half)]
+                        plgpu.copy_smem_to_gmem(part_tile.at[rows], target)
+
+                leave(rows_of(lse, (ROWS, half)), lse_ref, range(0, head_dim, half))
+                for start in range(0, head_dim, half):
+                    inside = start % columns
+                    leave(accs[start // columns][:, inside : inside + half], part_ref, (start,))
 
             ended = offset + here >= tiles
-            return jnp.where(ended, pair + 1, pair), 0, left - here, done + here
+            return (
+                jnp.where(ended, pair + 1, pair),
+                jnp.int32(0),
+                left - here,
+                done + here,
+                jnp.where(ended, next_kv_len, kv_len),
+            )
 
-        start = (plan_ref[stream, 0], plan_ref[stream, 1], plan_ref[stream, 2], jnp.int32(0))
-        lax.fori_loop(0, plan_ref[stream, 3], segment, start)
-        plgpu.wait_smem_to_gmem(0)
-
-
-def _merge_body(plan_ref, part_ref, lse_ref, out_ref, part_smem, lse_smem, out_smem, first_ready, ready, *, group: int):
-    """Joins the parts of one pair for one query head: the average of its parts, weighted by their sums of exponents."""
-    stream, member = lax.axis_index("stream"), lax.axis_index("member")
-    chunk = part_smem.shape[0] - 1
-    continuing = plan_ref[stream, 4]
-
-    @pl.when(continuing > 0)
-    def _merge():
-        pair_row = plan_ref[stream, 0] * group
-        q_rows = 8 * pl.cdiv(group, 8)
-        shift = pair_row - jnp.minimum(pair_row, out_ref.shape[0] - q_rows)
-        plgpu.copy_gmem_to_smem(part_ref.at[stream - 1, 1, member], part_smem.at[chunk], first_ready)
-        plgpu.copy_gmem_to_smem(lse_ref.at[stream - 1, 1], lse_smem.at[chunk], first_ready)
-
-        def join(index, state):
-            total, highest, weight = state
-            lse = lse_smem[index, shift + member]
-            new_highest = jnp.maximum(highest, lse)
-            alpha, beta = jnp.exp2(highest - new_highest), jnp.exp2(lse - new_highest)
-            return total * alpha + part_smem[index] * beta, new_highest, weight * alpha + beta
-
-        def some(index, state):
-            wanted = stream + index * chunk
-            start = jnp.minimum(wanted, part_ref.shape[0] - chunk)
-            plgpu.copy_gmem_to_smem(part_ref.at[pl.ds(start, chunk), 0, member], part_smem.at[pl.ds(0, chunk)], ready)
-            plgpu.copy_gmem_to_smem(lse_ref.at[pl.ds(start, chunk), 0], lse_smem.at[pl.ds(0, chunk)], ready)
-            plgpu.barrier_wait(ready)
-            here = jnp.minimum(continuing - index * chunk, chunk)
-            state = lax.fori_loop(wanted - start, wanted - start + here, join, state)
-            plgpu.commit_smem()
-            return state
-
-        plgpu.barrier_wait(first_ready)
-        state = (jnp.zeros((part_smem.shape[1],), jnp.float32), jnp.float32(NO_MAXIMUM), jnp.float32(0.0))
-        state = join(chunk, state)
-        total, _, weight = lax.fori_loop(0, pl.cdiv(continuing, chunk), some, state)
-        out_smem[...] = (total / weight).astype(out_smem.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, out_ref.shape[1])], out_ref.at[pair_row + member])
+        pair = plan_ref[stream, 0]
+        segments = plan_ref[stream, 3]
+        pl.when(segments > 0)(lambda: start_query(pair))
+        row = jnp.minimum(lax.div(pair, num_kv_heads), kv_lens_ref.shape[0] - 1)
+        start = (pair, plan_ref[stream, 1], plan_ref[stream, 2], jnp.int32(0), kv_lens_ref[row])
+        lax.fori_loop(0, segments, segment, start)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -292,8 +333,8 @@ def decode(
     sinks: jax.Array | None,
     config: DecodeConfig,
     interpret=False,
-) -> jax.Array:
-    """Attention of the decode rows.
+) -> tuple[jax.Array, Parts]:
+    """Attention of the decode rows, but for the pairs that several streams share.
 
     Args:
       q: [T * num_heads, head_dim], at least 16 rows; row r's token is token r.
@@ -302,18 +343,16 @@ def decode(
       scales: float32[2], what the scores and what the output are multiplied by.
 
     Returns:
-      [T * num_heads, head_dim]; only the rows of the first `num_decodes` tokens are written.
+      out, [T * num_heads, head_dim], of which only decode rows' results are written, and the parts still to `merge`.
     """
     num_kv_heads, head_dim = cache.shape[2], cache.shape[4]
     streams = config.blocks * config.consumers
     plan = decode_plan(metadata, num_kv_heads, streams, config.tile, window)
-    part_dim = max(head_dim, 128)  # a register array of the merge has at least 128 elements
-    out_types = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((streams, 2, group, part_dim), jnp.float32),
-        jax.ShapeDtypeStruct((streams, 2, ROWS), jnp.float32),
-    )
+    part_rows = group + (group * head_dim % 128 != 0)  # a register array has a multiple of 128 elements
+    part_type = jax.ShapeDtypeStruct((streams, 2, part_rows, head_dim), jnp.float32)
+    out_types = (jax.ShapeDtypeStruct(q.shape, q.dtype), part_type, part_type)
     ring = config.consumers * config.slots
+    q_copied = max(8 * pl.cdiv(group, 8), 8 * 256 // head_dim)  # rows: four warps copy at least a (8, 64) tile each
     keys = min(cache.shape[3], config.tile)  # a copy
     pages = cache.reshape(*cache.shape[:3], cache.shape[3] // keys, keys, head_dim)
     staging = (
@@ -321,10 +360,10 @@ def decode(
         plgpu.SMEM((config.consumers, ROWS, min(head_dim, 128) // 2), jnp.float32),
     )
     scratch = (
+        plgpu.SMEM((config.consumers, q_copied, head_dim), q.dtype),
         tiled((config.consumers, ROWS, head_dim), q.dtype),
         staging if interpret else plgpu.RefUnion(*staging),  # the interpreter takes two warpgroups' parts for one
         tiled((ring, config.tile, head_dim), cache.dtype),
-        plgpu.SMEM((config.consumers, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=config.consumers),
         plgpu.Barrier(num_barriers=ring, num_arrivals=config.tile // keys),
         plgpu.Barrier(num_barriers=ring),
@@ -351,23 +390,4 @@ def decode(
         interpret=interpret,
         kernel_name="ragged_paged_decode",
     )(*operands, q, pages)
-
-    chunk = min(16, streams)
-    out_ref = jax.new_ref(out)
-    plgpu.kernel(
-        functools.partial(_merge_body, group=group),
-        out_type=(),
-        scratch_types=(
-            plgpu.SMEM((chunk + 1, part_dim), jnp.float32),
-            plgpu.SMEM((chunk + 1, ROWS), jnp.float32),
-            plgpu.SMEM((part_dim,), q.dtype),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-        ),
-        grid=(streams, group),
-        grid_names=("stream", "member"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-        kernel_name="ragged_paged_merge",
-    )(plan, part, lse, out_ref)
-    return jax.freeze(out_ref)
+    return out, Parts(plan, part, lse)

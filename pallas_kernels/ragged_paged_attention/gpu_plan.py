@@ -10,7 +10,7 @@ from .types import AttentionMetadata
 
 
 def row_tiles(kv_len: jax.Array, tile: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """(first tile that a decode row of `kv_len` keys sees, number of tiles); a tile is `tile` keys. Never zero tiles."""
+    """(first tile that a decode row of `kv_len` keys sees, number of tiles, at least one); a tile is `tile` keys."""
     first = jnp.zeros_like(kv_len) if window is None else jnp.maximum(kv_len - window, 0) // tile
     return first, jnp.maximum((kv_len + tile - 1) // tile - first, 1)
 

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_common import LOG2E, NO_MAXIMUM, PER_ROW, ROWS, WGMMA, clear_rows, find_pages, rows_of, soft_cap, tiled
+from .gpu_decode import Parts, merge
 from .gpu_plan import prefill_plan
 from .types import AttentionMetadata
 
@@ -46,11 +47,6 @@ class PrefillConfig:
         return ROWS // self.pack
 
 
-def tuned(head_dim: int, group: int) -> PrefillConfig:
-    pack = next(pack for pack in (8, 4, 2, 1) if group % pack == 0)
-    return PrefillConfig(consumers=1 if head_dim > 128 else 2, pack=pack)
-
-
 def _for_each_item(plan_ref, totals_ref, head_groups: int, blocks: int, body, carry):
     """Deals the items to the blocks, there and back again, so that each block's share costs about the same."""
     block = lax.axis_index("block")
@@ -79,6 +75,7 @@ def _tile_range(position, count, tile: int, tokens: int, window: int | None):
 
 
 def _prefill_body(
+    parts,
     plan_ref, totals_ref, table_ref, scales_ref, sinks_ref, q_ref, cache_ref, out_ref,
     q_stage, q_smem, out_stage, ring, q_filled, q_emptied, filled, emptied, turn,
     *, config: PrefillConfig, window: int | None, cap: float | None, interpret,
@@ -262,6 +259,13 @@ def _prefill_body(
 
             return tiles
 
+        streams = parts.plan.shape[0]
+        workers = config.blocks * consumers
+        for first in range(0, streams, workers):
+            stream = first + lax.axis_index("block") * consumers + worker
+            group = num_heads // num_kv_heads
+            last = streams - 1
+            pl.when(stream <= last)(lambda s=stream: merge(parts, s, group, num_kv_heads, stage, out_ref))
         if consumers == 2:
             pl.when(worker == 1)(take_turn)
         for_each_item(item, jnp.int32(0))
@@ -294,6 +298,7 @@ def prefill(
     q: jax.Array,
     cache: jax.Array,
     out_ref,
+    parts: Parts,
     metadata: AttentionMetadata,
     scales: jax.Array,
     *,
@@ -303,12 +308,15 @@ def prefill(
     config: PrefillConfig,
     interpret=False,
 ) -> None:
-    """Attention of the rows that are no decode rows, and zeros for the padding tokens, written into `out_ref`.
+    """Attention of the rows that are no decode rows, zeros for the padding tokens, and the merge of decode's parts.
+
+    The merge is here, not in a kernel of its own, because a launch costs as much as the merge.
 
     Args:
       q: [T, num_heads, head_dim], T at least 64 // config.pack.
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
-      out_ref: Ref like q; the tokens of decode rows are left alone.
+      out_ref: Ref like q, which holds what `decode` wrote.
+      parts: what `decode` left.
       scales: float32[2], what the scores and what the output are multiplied by.
     """
     num_heads, head_dim = q.shape[1:]
@@ -328,13 +336,15 @@ def prefill(
         plgpu.Barrier(num_barriers=config.slots, num_arrivals=consumers),
         plgpu.Barrier(num_arrivals=consumers),
     )
-    operands = [plan, totals, metadata.page_tables, scales]
+    operands = [*parts, plan, totals, metadata.page_tables, scales]
     if sinks is not None:  # one value a row of a row tile
         operands.append(jnp.repeat(sinks.astype(jnp.float32), config.tokens))
 
     def body(*refs):
-        known = refs[:5] if sinks is not None else (*refs[:4], None)
-        _prefill_body(*known, *refs[len(operands) :], config=config, window=window, cap=cap, interpret=bool(interpret))
+        known = refs[3:8] if sinks is not None else (*refs[3:7], None)
+        rest = refs[len(operands) :]
+        options = {"config": config, "window": window, "cap": cap, "interpret": bool(interpret)}
+        _prefill_body(Parts(*refs[:3]), *known, *rest, **options)
 
     plgpu.kernel(
         body,

@@ -22,9 +22,15 @@ def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=
     shape = {key: options.pop(key) for key in ("tokens", "max_rows", "table_width") if key in options}
     pack = options.pop("pack", 1)
     args = make_case(
-        0, rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
-        window=options.get("window"), **shape,
-    )  # fmt: skip
+        0,
+        rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        window=options.get("window"),
+        **shape,
+    )
     options["scale"] = head_dim**-0.5
     if sinks:
         options["sinks"] = jnp.asarray(np.random.default_rng(1).standard_normal(heads), jnp.float32)
@@ -48,13 +54,12 @@ def test_rows_of_one_token_and_many_with_padding(capfd):
 
 
 def test_window_cap_and_sinks_over_small_pages(capfd):
-    run_and_compare(
-        capfd, [(1, 150), (1, 20), (40, 120)], page_size=16, window=33, cap=5.0, sinks=True, tokens=64
-    )  # fmt: skip
+    run_and_compare(capfd, [(1, 150), (1, 20), (40, 120)], page_size=16, window=33, cap=5.0, sinks=True, tokens=64)
 
 
-def test_group_of_seven(capfd):
-    run_and_compare(capfd, [(1, 70), (1, 3), (5, 30)], heads=7, page_size=32, sinks=True, tokens=64)
+def test_group_of_seven_and_scales(capfd):
+    scales = {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(3.0)}
+    run_and_compare(capfd, [(1, 70), (1, 3), (5, 30)], heads=7, page_size=32, sinks=True, tokens=64, **scales)
 
 
 def test_wide_heads(capfd):
@@ -64,6 +69,13 @@ def test_wide_heads(capfd):
 def test_head_dim_96_is_padded():
     spec = CacheSpec(3, 64, 2, 96, jnp.bfloat16)
     assert gpu.cache_shape(spec).shape == (3, 2, 2, 64, 128)
+    q, k, v, cache, metadata = make_case(0, [(1, 20)], heads=2, kv_heads=1, head_dim=96, page_size=16)
+    expected, _ = reference.ragged_paged_attention(q, k, v, cache, metadata, scale=0.1)
+    wide = jnp.pad(cache, ((0, 0),) * 4 + ((0, 32),))
+    configs = {"decode_config": DecodeConfig(blocks=1), "prefill_config": PrefillConfig(blocks=1)}
+    out, written = gpu.ragged_paged_attention(q, k, v, wide, metadata, scale=0.1, **configs, interpret=INTERPRET)
+    assert out.shape == q.shape and written.shape == wide.shape
+    assert relative_error(out, expected) < 1e-2
 
 
 def test_empty_batch_gives_zeros(capfd):
@@ -77,9 +89,17 @@ def test_empty_batch_gives_zeros(capfd):
 def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
     rows = [(1, 300), (1, 64), (1, 1), (64, 64), (33, 200), (2, 2)]
     run_and_compare(
-        capfd, rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, pack=pack,
-        tokens=128, max_rows=8, table_width=-(-300 // page_size) + 1,
-    )  # fmt: skip
+        capfd,
+        rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        pack=pack,
+        tokens=128,
+        max_rows=8,
+        table_width=-(-300 // page_size) + 1,
+    )
 
 
 @pytest.mark.parametrize("head_dim,heads,kv_heads,page_size", [(128, 32, 8, 64), (64, 14, 2, 16), (256, 8, 4, 128)])
