@@ -64,7 +64,7 @@ def _with_fields(
         own = inspect.signature(command, eval_str=True)
         parameters = [parameter for parameter in own.parameters.values() if parameter.name != into] + added
         # functools.wraps made `run` look like `command`: what typer must see is the new list.
-        del run.__wrapped__  # type: ignore[attr-defined]
+        del run.__wrapped__
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
