@@ -76,12 +76,12 @@ def resolve_backend(config: EngineConfig) -> str:
 
 
 def default_rungs(budget: int, on_cpu: bool) -> tuple[int, ...]:
-    """Step sizes worth an executable each: powers of two, on CPU every other of the small ones, where a step's time is
-    mostly that of reading the weights; on accelerators finer ones where batches of decodes and chunks come to lie."""
-    small = (1, 4, 16) if on_cpu else (1, 8, 16)
-    between = () if on_cpu else (48, 96, 160, 192, 224, 320, 384, 768, 1536, 3072, 6144)
-    powers = tuple(2**i for i in range(5, budget.bit_length()))
-    return tuple(sorted({size for size in (*small, *between, *powers) if size < budget} | {budget}))
+    """Step sizes worth an executable each: powers of two, as the scheduler cuts chunks to land on one. Of the small
+    ones only some, since a small step's time is that of reading the weights; on accelerators one more where decodes of
+    many requests come to lie."""
+    between = (1, 4, 16) if on_cpu else (1, 8, 192)
+    powers = [2**i for i in range(5, budget.bit_length())]
+    return tuple(sorted({size for size in (*between, *powers) if size < budget} | {budget}))
 
 
 def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
