@@ -186,6 +186,7 @@ class AsyncLLM:
     def close(self) -> None:
         """Ends the engine; requests under way raise EngineDeadError."""
         self._client.close()
+        self._pump.join(timeout=10)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
 
 from jaxllm import SamplingParams
+from jaxllm.engine.messages import Finish
 from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, OutOfMemoryError
 from tests.engine import tiny
 
@@ -17,6 +19,12 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def send_much(client) -> None:
+    """A few megabytes to the core."""
+    for _ in range(100):
+        client.send(Finish(["nobody by this name"] * 2000))
 
 
 def test_an_engine_process(checkpoint, truth):
@@ -43,10 +51,19 @@ def test_an_engine_process(checkpoint, truth):
         with pytest.raises(RuntimeError, match="no_such"):
             llm._call("no_such")
 
-        # more messages each way than the pipes hold, sent before anything is read
-        many = 3000
-        outputs = llm.generate([[5 + i % 50] * 100 for i in range(many)], SamplingParams(max_tokens=1, logprobs=20))
-        assert len(outputs) == many and all(len(output.outputs[0].token_ids) == 1 for output in outputs)
+        # more of each way than the pipes hold, sent before anything is read
+        large = SamplingParams(max_tokens=1, prompt_logprobs=-1)
+        for _ in range(2):  # the second time nothing has to be compiled, and a second is enough
+            collector = llm._submit(llm._builder.build([5] * 120, large))
+            time.sleep(1)
+            sender = threading.Thread(target=send_much, args=(llm._client,), daemon=True)
+            sender.start()
+            sender.join(timeout=30)
+            assert not sender.is_alive(), "both sides wait for the other to read"
+            while not collector.output.finished:
+                llm._receive()
+        many = llm.generate([[5 + i % 50] * 100 for i in range(1000)], SamplingParams(max_tokens=1, logprobs=20))
+        assert len(many) == 1000 and all(len(output.outputs[0].token_ids) == 1 for output in many)
         assert alive(process.pid)
     assert not alive(process.pid)
     with pytest.raises(EngineDeadError, match="closed"):
