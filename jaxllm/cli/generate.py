@@ -26,7 +26,7 @@ def generate(
     engine: dict,
 ) -> None:
     """Complete prompts. One is streamed to stdout as it comes; several run at once and are printed in order."""
-    from jaxllm.cli.start import open_llm, prompt_length, sampling_params
+    from jaxllm.cli.start import longest_request, open_llm, prompt_length, sampling_params
     from jaxllm.cli.stream import since_process_start, stream_answer
 
     if not prompts:
@@ -35,8 +35,10 @@ def generate(
         prompts = [sys.stdin.read()]
     # No more than three executables: a prefill, a decode step and a sampler.
     defaults = {"warm_up": False, "max_num_seqs": min(len(prompts), 32)}
-    llm = open_llm(model, {**defaults, **engine}, sampling, prompt_length=prompt_length(prompts[0]))
-    params = sampling_params(llm, {"max_tokens": 128, **sampling})
+    sampling = {"max_tokens": 128, **sampling}
+    length, longest = prompt_length(prompts[0]), longest_request(prompts, sampling["max_tokens"])
+    llm = open_llm(model, {**defaults, **engine}, sampling, prompt_length=length, longest=longest)
+    params = sampling_params(llm, sampling)
     ready = since_process_start()
     if len(prompts) == 1:
         answer = stream_answer(llm.stream(prompts[0], params))

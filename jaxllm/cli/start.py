@@ -15,8 +15,25 @@ def prompt_length(text: str) -> int:
     return int(len(text.encode()) / BYTES_A_TOKEN) + 1
 
 
-def open_llm(model: str, options: dict[str, Any], sampling: dict[str, Any], *, prompt_length: int) -> "LLM":
-    """An engine, started once the parameters are known to be good. Raises any of jaxllm.errors."""
+def longest_request(prompts: list[str], max_tokens: int) -> int:
+    """Tokens that no request passes: a token has at least a byte, and a few special ones may stand before the prompt.
+    A power of two of at least 1024, so that compiled steps fit the next call too."""
+    most = max(len(prompt.encode()) for prompt in prompts) + 16 + max_tokens
+    return max(1024, 1 << (most - 1).bit_length())
+
+
+def open_llm(
+    model: str,
+    options: dict[str, Any],
+    sampling: dict[str, Any],
+    *,
+    prompt_length: int,
+    longest: int | None = None,
+) -> "LLM":
+    """An engine, started once the parameters are known to be good. Raises any of jaxllm.errors.
+
+    prompt_length, longest: see `jaxllm.core.expected.Expected`.
+    """
     from jaxllm.cli import wait_for_preload
     from jaxllm.core.expected import Expected
     from jaxllm.core.sampling_params import SamplingParams
@@ -26,7 +43,7 @@ def open_llm(model: str, options: dict[str, Any], sampling: dict[str, Any], *, p
     wait_for_preload()
     from jaxllm.llm import LLM
 
-    return LLM(model, expected=Expected(prompt_length, params), **options)
+    return LLM(model, expected=Expected(prompt_length, params, longest), **options)
 
 
 def sampling_params(llm: "LLM", given: dict[str, Any]) -> "SamplingParams":

@@ -1,6 +1,7 @@
 """From options to a running engine core. The steps that take seconds overlap: imports, compilation, weights."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 from typing import Any
@@ -69,7 +70,10 @@ def build_core(
     checkpoint = checkpoint or open_checkpoint(config.model, config.revision)
     family = model_class(checkpoint.config)
     dtype = resolve_dtype(config)
+    expected = expected or Expected()
     parsed = family.parse_config(checkpoint.config)
+    if config.max_model_len is None and expected.longest is not None:
+        config = dataclasses.replace(config, max_model_len=min(expected.longest, parsed.max_position_embeddings))
     model = family(parsed.for_length(config.max_model_len or parsed.max_position_embeddings), dtype=dtype)
     plan = plan_engine(config, model)
     if config.data_parallel_size > len(jax.devices()):
@@ -79,7 +83,7 @@ def build_core(
     shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)
     lowering = Lowering(shape, plan, leaves, mesh)
     executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)))
-    executables.prepare(first_keys(plan, expected or Expected()))
+    executables.prepare(first_keys(plan, expected))
     _load(config, model, checkpoint, replicated(mesh), progress)
     leaves = jax.tree.leaves(model)
     runner = Runner(plan, shape, mesh, leaves, executables, lowering)

@@ -50,7 +50,7 @@ class FrontEngine:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def start_engine(config: EngineConfig, *, expected: Expected = Expected(), progress: bool = False) -> FrontEngine:
+def start_engine(config: EngineConfig, *, expected: Expected | None = None, progress: bool = False) -> FrontEngine:
     """Opens the model and starts its core, in this process or in its own. Raises any of jaxllm.errors."""
     checkpoint = open_checkpoint(config.model, config.revision)
     with ThreadPoolExecutor(1, "tokenizer") as pool:
