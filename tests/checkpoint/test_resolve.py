@@ -28,7 +28,14 @@ def test_paths(tmp_path):
     gguf_files.write_model(tmp_path / "model.gguf", "llama")
     assert resolve(tmp_path / "model.gguf") == tmp_path / "model.gguf"
     assert open_checkpoint(tmp_path).path == tmp_path / "model.gguf", "a directory that holds nothing but one GGUF file"
-    for name in (str(tmp_path / "none.gguf"), str(tmp_path / "none"), "a/b/c", "../no-such-directory", "", "no such model"):
+    for name in (
+        str(tmp_path / "none.gguf"),
+        str(tmp_path / "none"),
+        "a/b/c",
+        "../no-such-directory",
+        "",
+        "no such model",
+    ):
         with pytest.raises(ModelNotFoundError, match="no such file or directory"):
             resolve(name)
 
