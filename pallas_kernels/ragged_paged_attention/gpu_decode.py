@@ -7,6 +7,7 @@ first rows of a wgmma tile of 64. A pair that several streams share leaves parti
 
 import dataclasses
 import functools
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -46,9 +47,9 @@ class Parts(NamedTuple):
       lse: like values: the logarithm to base 2 of the sum of exponents, the same in all columns.
     """
 
-    plan: jax.Array
-    values: jax.Array
-    lse: jax.Array
+    plan: Any  # arrays outside of kernels, Refs inside
+    values: Any
+    lse: Any
 
 
 def merge(parts: Parts, stream, group: int, num_kv_heads: int, stage, out_ref):
@@ -67,7 +68,7 @@ def merge(parts: Parts, stream, group: int, num_kv_heads: int, stage, out_ref):
     continuing = parts.plan[stream, 4]
 
     @pl.when(continuing > 0)
-    def _():
+    def join_parts():
         pair = parts.plan[stream, 0]
 
         def join(index, state):

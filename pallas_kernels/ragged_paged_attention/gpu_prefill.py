@@ -8,6 +8,7 @@ take turns on the tensor cores: one multiplies while the other computes exponent
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def _prefill_body(
             first, _, _, end = tile_range(position, count)
 
             @pl.when(there)
-            def _():
+            def fetch_queries():
                 for consumer in range(consumers):
                     pl.when(items > 0)(functools.partial(plgpu.barrier_wait, q_emptied.at[consumer]))
                     for member in range(pack):
@@ -117,7 +118,7 @@ def _prefill_body(
                     slot = lax.rem(2 * tiles + part, slots)
 
                     @pl.when(2 * tiles + part >= slots)
-                    def _():
+                    def await_slot():
                         plgpu.barrier_wait(emptied.at[slot])
 
                     copies(part, ring.at[slot], filled.at[slot])
@@ -265,7 +266,8 @@ def _prefill_body(
             stream = first + lax.axis_index("block") * consumers + worker
             group = num_heads // num_kv_heads
             last = streams - 1
-            pl.when(stream <= last)(lambda s=stream: merge(parts, s, group, num_kv_heads, stage, out_ref))
+            merge_one = functools.partial(merge, parts, stream, group, num_kv_heads, stage, out_ref)
+            pl.when(stream <= last)(merge_one)
         if consumers == 2:
             pl.when(worker == 1)(take_turn)
         for_each_item(item, jnp.int32(0))
@@ -343,7 +345,7 @@ def prefill(
     def body(*refs):
         known = refs[3:8] if sinks is not None else (*refs[3:7], None)
         rest = refs[len(operands) :]
-        options = {"config": config, "window": window, "cap": cap, "interpret": bool(interpret)}
+        options: dict[str, Any] = {"config": config, "window": window, "cap": cap, "interpret": bool(interpret)}
         _prefill_body(Parts(*refs[:3]), *known, *rest, **options)
 
     plgpu.kernel(
