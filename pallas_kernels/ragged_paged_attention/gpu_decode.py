@@ -7,8 +7,7 @@ first rows of a wgmma tile of 64. A pair that several streams share leaves parti
 
 import dataclasses
 import functools
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
