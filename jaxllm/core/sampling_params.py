@@ -95,7 +95,7 @@ class SamplingParams:
         need(_integer(self.n) and 1 <= self.n <= MAX_N, "n", f"must be an integer in [1, {MAX_N}]")
         need(_finite(self.temperature) and self.temperature >= 0, "temperature", "must be finite and at least 0")
         need(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
-        need(_integer(self.top_k) and self.top_k >= 0, "top_k", "must be an integer of at least 0, or -1 to disable")
+        need(_integer(self.top_k) and self.top_k >= 0, "top_k", "must be in [0, 2**64), or -1 to disable")
         need(_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
         for field in ("presence_penalty", "frequency_penalty"):
             need(_finite(getattr(self, field)) and -2 <= getattr(self, field) <= 2, field, "must be in [-2, 2]")

@@ -82,7 +82,7 @@ def test_seed_words(seed, words):
 
 def test_extreme_values_stay_in_range():
     table = SlotParams(1)
-    table.set(0, request_of(row(temperature=1e-300, top_k=2**80, top_p=1e-300, repetition_penalty=1e300)))
+    table.set(0, request_of(row(temperature=1e-300, top_k=2**62, top_p=1e-300, repetition_penalty=1e300)))
     rows = unpacked(table, [0], [0])
     assert rows.temperature[0] > 0 and np.isfinite(rows.repetition[0]) and rows.top_k[0] == 2**31 - 1
     table.set(0, request_of(row(temperature=1e300, repetition_penalty=1e-300, min_tokens=2**40)))
