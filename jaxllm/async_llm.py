@@ -11,7 +11,7 @@ from typing import Any
 from jaxllm.config import config_from
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.messages import Finish, SequenceOutput, StepOutputs, Utility, UtilityResult
-from jaxllm.errors import EngineDeadError, InvalidRequestError, JaxllmError
+from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, JaxllmError
 from jaxllm.frontend.collector import RequestCollector
 from jaxllm.frontend.engine import FrontEngine, Message, start_engine
 from jaxllm.frontend.inputs import Prompt
@@ -30,6 +30,7 @@ class _Live:
     def __init__(self, collector: RequestCollector):
         self.collector = collector
         self.news = asyncio.Event()
+        self.aborted = asyncio.Event()  # before it got a slot
         self.unread: dict[int, CompletionOutput] = {}
         self.error: JaxllmError | None = None
 
@@ -67,12 +68,14 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str = "smollm2", *, max_concurrent_requests: int = 1024, **options: Any):
+        if type(max_concurrent_requests) is not int or max_concurrent_requests < 1:
+            raise ConfigError(f"max_concurrent_requests={max_concurrent_requests!r}: must be an integer of at least 1")
         options.setdefault("engine_process", True)
         self._loop = asyncio.get_running_loop()
         self._engine: FrontEngine = start_engine(config_from(str(model), options))
         self._client, self.builder = self._engine.client, self._engine.builder
         self._live: dict[str, _Live] = {}  # by sequence id
-        self._requests: dict[str, RequestCollector] = {}  # by request id
+        self._requests: dict[str, _Live] = {}  # by request id
         self._slots = asyncio.Semaphore(max_concurrent_requests)
         self._utilities: dict[int, asyncio.Future] = {}
         self._calls = itertools.count()
@@ -118,23 +121,55 @@ class AsyncLLM:
             cache_salt=cache_salt,
             output_token_ids=output_token_ids,
         )
-        async with self._slots:
-            if self._dead is not None:
-                raise self._dead
-            if prepared.request_id in self._requests or any(s.id in self._live for s in prepared.sequences):
-                raise InvalidRequestError("request_id", prepared.request_id, "must be unique among live requests")
-            collector = RequestCollector(prepared, self.builder.tokenizer)
-            live = _Live(collector)
-            self._requests[prepared.request_id] = collector
+        if self._dead is not None:
+            raise self._dead
+        if prepared.request_id in self._requests:
+            raise InvalidRequestError("request_id", prepared.request_id, "must be unique among live requests")
+        collector = RequestCollector(prepared, self.builder.tokenizer)
+        live = self._requests[prepared.request_id] = _Live(collector)
+        try:
+            if not await self._take_slot(live):
+                for index in range(len(prepared.sequences)):
+                    yield CompletionOutput(index, finish_reason="abort")
+                return
             try:
+                if self._dead is not None:
+                    raise self._dead
                 for sequence in prepared.sequences:
                     self._live[sequence.id] = live
                     self._client.send(sequence)
                 async for delta in self._read(live):
                     yield delta
             finally:
-                del self._requests[prepared.request_id]
                 self._withdraw(collector)
+                self._slots.release()
+        finally:
+            del self._requests[prepared.request_id]
+
+    async def _take_slot(self, live: _Live) -> bool:
+        """Waits for one of the concurrent requests' slots; False if the request is aborted first."""
+        slot = asyncio.ensure_future(self._slots.acquire())
+        aborted = asyncio.ensure_future(live.aborted.wait())
+        try:
+            await asyncio.wait({slot, aborted}, return_when=asyncio.FIRST_COMPLETED)
+            if not live.aborted.is_set():
+                return True
+        except asyncio.CancelledError:
+            self._give_up(slot)
+            raise
+        finally:
+            aborted.cancel()
+        self._give_up(slot)
+        for sample in live.collector.output.outputs:
+            sample.finish_reason = "abort"
+        live.collector.output.finished = True
+        return False
+
+    def _give_up(self, slot: asyncio.Future) -> None:
+        if slot.done() and not slot.cancelled():
+            self._slots.release()
+        else:
+            slot.cancel()
 
     async def _read(self, live: _Live) -> AsyncIterator[CompletionOutput]:
         while True:
@@ -154,18 +189,21 @@ class AsyncLLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
         """`generate`, read to its end: the whole output."""
-        prepared_id = options.setdefault("request_id", f"complete-{next(self._calls)}")
+        if options.get("request_id") is None:
+            options["request_id"] = f"complete-{next(self._calls)}"
+        request_id = options["request_id"]
         collector: RequestCollector | None = None
         async for _ in self.generate(prompt, sampling_params, **options):
-            collector = collector or self._requests[prepared_id]
+            collector = collector or self._requests[request_id].collector
         assert collector is not None, "a request ends with at least one delta"
         return collector.snapshot()
 
     async def abort(self, request_id: str) -> None:
         """Ends a request with finish_reason "abort"; unknown ids are ignored."""
-        collector = self._requests.get(request_id)
-        if collector is not None:
-            self._client.send(Finish(collector.sequence_ids))
+        live = self._requests.get(request_id)
+        if live is not None:
+            live.aborted.set()
+            self._client.send(Finish(live.collector.sequence_ids))
 
     async def stats(self) -> dict[str, Any]:
         """As in `LLM.stats`."""

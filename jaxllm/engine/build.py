@@ -67,7 +67,7 @@ def build_core(
     """
     platform.configure()
     use_compilation_cache(config.cache_directory)
-    checkpoint = checkpoint or open_checkpoint(config.model, config.revision)
+    checkpoint = checkpoint or open_checkpoint(config.model, config.revision, weights=config.load_format != "dummy")
     family = model_class(checkpoint.config)
     dtype = resolve_dtype(config)
     expected = expected or Expected()

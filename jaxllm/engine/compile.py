@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxllm.engine import platform
+from jaxllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +20,11 @@ Key = Hashable
 
 
 def use_compilation_cache(directory: Path) -> None:
-    """Keeps every executable of this process in `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Keeps every executable of this process in `directory`. Raises ConfigError if it cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"compilation_cache_dir={str(directory)!r}: must be a directory: {error}") from error
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -43,6 +48,7 @@ class Executables:
         self._sealed = False
         self.num_late = 0
         self.seconds: dict[Key, float] = {}
+        threading.Thread(target=_close_at_exit, args=(weakref.ref(self),), daemon=True).start()
 
     def _compile(self, key: Key) -> Any:
         begin = time.perf_counter()
@@ -94,3 +100,11 @@ class Executables:
     def close(self) -> None:
         """Drops what has not started; compilations under way end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _close_at_exit(reference: "weakref.ref[Executables]") -> None:
+    """A program that ends does not wait for what is still queued."""
+    threading.main_thread().join()
+    executables = reference()
+    if executables is not None:
+        executables.close()

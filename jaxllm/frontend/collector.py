@@ -77,7 +77,8 @@ class RequestCollector:
             delta.logprobs = [self._logprobs(entry) for entry in message.logprobs[: change.num_tokens]]
             delta.cumulative_logprob = sum(entry.logprob for entry in message.logprobs[: change.num_tokens])
         if message.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [None, *map(self._logprobs, message.prompt_logprobs)]
+            delta.prompt_logprobs = [None, *map(self._logprobs, message.prompt_logprobs)]
+            self.output.prompt_logprobs = delta.prompt_logprobs
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, message.num_cached_tokens)
         self._extend(sample, delta)
         return delta

@@ -52,7 +52,7 @@ class FrontEngine:
 
 def start_engine(config: EngineConfig, *, expected: Expected | None = None, progress: bool = False) -> FrontEngine:
     """Opens the model and starts its core, in this process or in its own. Raises any of jaxllm.errors."""
-    checkpoint = open_checkpoint(config.model, config.revision)
+    checkpoint = open_checkpoint(config.model, config.revision, weights=config.load_format != "dummy")
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         tokenizer = pool.submit(_tokenizer, checkpoint, config)
         client: Client

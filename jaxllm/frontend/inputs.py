@@ -173,9 +173,11 @@ class RequestBuilder:
         seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
         single = params if params.n == 1 else dataclasses.replace(params, n=1)
         arrival = time.monotonic()
+        # Numbered, so that what is still under way for an ended request never meets a new one of the same id.
+        name = f"{request_id}#{self._num_requests}"
         sequences = [
             AddRequest(
-                id=request_id if params.n == 1 else f"{request_id}/{index}",
+                id=name if params.n == 1 else f"{name}/{index}",
                 prompt_token_ids=ids,
                 output_token_ids=emitted,
                 params=single,
@@ -186,7 +188,7 @@ class RequestBuilder:
                 bad_words=words,
                 priority=priority,
                 cache_salt=cache_salt,
-                leader=f"{request_id}/0" if index else None,
+                leader=f"{name}/0" if index else None,
             )
             for index in range(params.n)
         ]

@@ -30,6 +30,7 @@ class CompletionOutput:
       logprobs: for each token a dict from token id to Logprob: the token itself and the most likely ones.
       finish_reason: "stop", "length", "abort" or "error"; None while it runs.
       stop_reason: the stop string or stop token id that ended it; None for end-of-sequence.
+      prompt_logprobs: in a stream of deltas the prompt's, with the first one; else see `RequestOutput`.
     """
 
     index: int
@@ -39,6 +40,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:

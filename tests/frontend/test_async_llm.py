@@ -152,7 +152,7 @@ def test_requests_wait_for_their_turn(checkpoint):
         async def watched(i):
             nonlocal most
             async for _ in llm.generate([5 + i], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)):
-                most = max(most, len(llm._requests))
+                most = max(most, len(llm._live))
 
         await asyncio.gather(*(watched(i) for i in range(20)))
         assert most == 3
@@ -195,15 +195,35 @@ def test_bad_requests_are_refused_beside_a_stream(checkpoint, truth):
     serve(checkpoint("llama"), use)
 
 
-def test_a_sequence_name_of_a_live_request_is_taken_too(checkpoint):
+def test_a_reused_name_meets_nothing_of_the_request_before(checkpoint, truth):
+    (prompt, params), alone = truth("llama")[0][0], truth("llama")[1]
+
     async def use(llm):
-        stream = llm.generate([5, 6], SamplingParams(n=2, max_tokens=50, ignore_eos=True), request_id="x")
-        await anext(stream)
-        with pytest.raises(InvalidRequestError, match="request_id='x/1'"):
-            await llm.complete([5, 6], request_id="x/1")
-        await stream.aclose()
+        for _ in range(8):
+            stream = llm.generate([5, 6], SamplingParams(n=2, max_tokens=50, ignore_eos=True), request_id="x")
+            async for _ in stream:
+                break
+            await stream.aclose()  # its abort and late tokens are still on their way
+            output = await llm.complete(prompt, params, request_id="x")
+            assert output.outputs[0].token_ids == alone[0].outputs[0].token_ids
 
     serve(checkpoint("llama"), use)
+
+
+def test_abort_reaches_a_request_that_waits_for_its_turn(checkpoint):
+    async def use(llm):
+        params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+        first = asyncio.create_task(llm.complete([5, 6], params))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(llm.complete([7, 8], params, request_id="b"))
+        await asyncio.sleep(0.01)
+        await llm.abort("b")
+        output = await second
+        assert output.outputs[0].finish_reason == "abort" and output.outputs[0].token_ids == [] and output.finished
+        assert len((await first).outputs[0].token_ids) == 60
+        assert len((await llm.complete([7], params)).outputs[0].token_ids) == 60  # the slot is free again
+
+    serve(checkpoint("llama"), use, max_concurrent_requests=1)
 
 
 def test_giving_up_on_figures_harms_nobody(checkpoint, truth):
@@ -226,7 +246,7 @@ def test_a_fault_in_one_requests_text_is_its_own(checkpoint, truth, monkeypatch)
     async def use(llm):
         broken = llm.generate([5, 6], LONG, request_id="broken")
         await anext(broken)
-        monkeypatch.setattr(llm._requests["broken"], "_texts", None)
+        monkeypatch.setattr(llm._requests["broken"].collector, "_texts", None)
         other = asyncio.create_task(read(llm.generate(*work[2])))
         with pytest.raises(JaxllmError, match="TypeError"):
             await read(broken)
