@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from jaxllm.async_llm import AsyncLLM
     from jaxllm.config import EngineConfig
     from jaxllm.core.sampling_params import SamplingParams
+    from jaxllm.frontend.beam_search import BeamSearchParams
+    from jaxllm.frontend.inputs import TokensPrompt
     from jaxllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxllm.llm import LLM
 
@@ -15,12 +17,24 @@ _HOMES = {  # imported when first touched, so that `import jaxllm` costs nothing
     "LLM": "jaxllm.llm",
     "AsyncLLM": "jaxllm.async_llm",
     "SamplingParams": "jaxllm.core.sampling_params",
+    "BeamSearchParams": "jaxllm.frontend.beam_search",
+    "TokensPrompt": "jaxllm.frontend.inputs",
     "EngineConfig": "jaxllm.config",
     "RequestOutput": "jaxllm.frontend.outputs",
     "CompletionOutput": "jaxllm.frontend.outputs",
     "Logprob": "jaxllm.frontend.outputs",
 }
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "TokensPrompt",
+]
 
 
 def __getattr__(name: str) -> object:

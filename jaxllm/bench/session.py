@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxllm.bench.ceilings import measure_ceilings
@@ -77,6 +77,7 @@ def open_session(
     ceilings: bool = True,
     warm_up: bool = True,
     progress: bool = False,
+    check: Callable[[LLM, int], None] | None = None,
 ) -> Iterator[Session]:
     """Measures the device, starts an engine and compiles all that it needs, so that no run meets a compilation.
 
@@ -86,6 +87,8 @@ def open_session(
       prompt_length: of the first request expected.
       ceilings: measure the copy bandwidth and the GEMM rate first.
       warm_up: compile everything; otherwise the first run meets compilations.
+      progress: draw a bar while the weights load.
+      check: called with the engine and its vocabulary's size, before everything is compiled; may refuse by raising.
 
     Raises any of `jaxllm.errors`.
     """
@@ -100,6 +103,9 @@ def open_session(
             found = Ceilings(found.bandwidth * num_devices, found.flops * num_devices)
         begin = time.perf_counter()
         with LLM(path, expected=Expected(prompt_length), progress=progress, **options) as llm:
+            start_seconds = time.perf_counter() - begin
+            if check is not None:
+                check(llm, hf["vocab_size"])
             ready = time.perf_counter()
             if warm_up:
                 llm.warm_up()
@@ -111,6 +117,6 @@ def open_session(
                 num_devices,
                 {2: "bfloat16", 4: "float32"}[cost.itemsize],
                 found,
-                ready - begin,
+                start_seconds,
                 time.perf_counter() - ready,
             )

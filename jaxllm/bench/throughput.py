@@ -2,11 +2,12 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.bench.floor import floor_of
 from jaxllm.bench.session import Session, greedy
-from jaxllm.bench.workloads import OTHER_WORKLOADS, WORKLOADS, Workload
+from jaxllm.bench.workloads import CPU_WORKLOADS, OTHER_WORKLOADS, WORKLOADS, Workload
 from jaxllm.errors import InvalidRequestError
 
 
@@ -56,6 +57,35 @@ def workload(name: str, vocab_size: int, num_requests: int | None = None) -> Wor
         return known[name](vocab_size, num_requests)
     except TypeError:
         raise InvalidRequestError("num_requests", num_requests, f"{name} has one request") from None
+
+
+def choose_workloads(
+    given: Sequence[str], vocab_size: int, max_model_len: int, *, on_cpu: bool, num_requests: int | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """Which workloads to run: those given or, without any, this kind of device's that the engine has room for.
+
+    Returns:
+      their names, and why each of the others was left out.
+
+    Raises:
+      InvalidRequestError: one that was given does not fit.
+    """
+    chosen: list[str] = []
+    left_out: dict[str, str] = {}
+    for name in given or (CPU_WORKLOADS if on_cpu else WORKLOADS):
+        try:
+            requests = workload(name, vocab_size, num_requests)
+            longest = max(len(prompt) + count for prompt, count in requests)
+            if longest > max_model_len:
+                reason = f"has a request of {longest} tokens (max_model_len={max_model_len})"
+                raise InvalidRequestError("workload", name, reason)
+        except InvalidRequestError as error:
+            if given:
+                raise
+            left_out[name] = str(error)
+        else:
+            chosen.append(name)
+    return chosen, left_out
 
 
 def run_throughput(session: Session, name: str, runs: int = 2, num_requests: int | None = None) -> ThroughputResult:

@@ -1,6 +1,7 @@
 """`jaxllm bench`: throughput, latency and serve."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,27 @@ WarmUp = Annotated[bool, typer.Option("--compile-first/--compile-late", help="co
 BENCH_ENGINE = ("model", "warm_up")  # --compile-first says what --warm-up would
 
 
-def _open(model: str, engine: dict[str, Any], ceilings: bool, compile_first: bool, prompt_length: int) -> Any:
+def _open(
+    model: str,
+    engine: dict[str, Any],
+    ceilings: bool,
+    compile_first: bool,
+    prompt_length: int,
+    check: Callable[[Any, int], None] | None = None,
+) -> Any:
     from jaxllm.bench.session import open_session
+    from jaxllm.cli.start import shows_progress
 
     options = {"warm_up": compile_first, **engine}
-    return open_session(model, options, prompt_length=prompt_length, ceilings=ceilings, warm_up=compile_first)
+    return open_session(
+        model,
+        options,
+        prompt_length=prompt_length,
+        ceilings=ceilings,
+        warm_up=compile_first,
+        progress=shows_progress(),
+        check=check,
+    )
 
 
 def _check_plot(plot: Path | None) -> None:
@@ -37,7 +54,7 @@ def _check_plot(plot: Path | None) -> None:
 def throughput(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(help="names of jaxllm.bench.workloads (default: all, the seven for accelerators)"),
+        typer.Argument(help="names of jaxllm.bench.workloads (default: all of this kind of device that fit the model)"),
     ] = None,
     *,
     model: Model = "smollm2",
@@ -51,25 +68,43 @@ def throughput(
 ) -> None:
     """All of a workload's requests at once: tokens a second, against the floor and other engines."""
     from jaxllm.bench import report
-    from jaxllm.bench.throughput import run_throughput, workload
-    from jaxllm.bench.workloads import WORKLOADS
+    from jaxllm.bench.throughput import choose_workloads, run_throughput, workload
+    from jaxllm.errors import InvalidRequestError
 
     _check_plot(plot)
-    names = list(WORKLOADS) if not workloads or workloads == ["all"] else workloads
-    for name in names:
+    given = [] if not workloads or workloads == ["all"] else workloads
+    for name in given:
         workload(name, 1000, num_requests)  # an unknown name is refused before any work
     console = report.console()
+    names: list[str] = []
+
+    def choose(llm: Any, vocab_size: int) -> None:
+        import jax
+
+        on_cpu = jax.default_backend() == "cpu"
+        chosen, left_out = choose_workloads(
+            given, vocab_size, llm.max_model_len, on_cpu=on_cpu, num_requests=num_requests
+        )
+        for reason in left_out.values():
+            console.print(f"left out: {reason}", style="dim", highlight=False, markup=False)
+        if not chosen:
+            raise InvalidRequestError("workloads", None, f"none fits max_model_len={llm.max_model_len}: name one")
+        names.extend(chosen)
+
     results = []
-    with _open(model, engine, ceilings, compile_first, 128) as session:
+    with _open(model, engine, ceilings, compile_first, 128, choose) as session:
         report.print_session(console, model, session)
-        for name in names:
-            results.append(run_throughput(session, name, runs, num_requests))
-            console.print(f"{name}: {results[-1].seconds:.3f} s", style="dim", highlight=False)
-        report.print_throughput(console, model, session, results)
-        if json is not None:
-            report.write_json(json, "throughput", model, session.facts(), results)
-        if plot is not None:
-            report.plot_throughput(plot, model, session, results)
+        try:
+            for name in names:
+                results.append(run_throughput(session, name, runs, num_requests))
+                console.print(f"{name}: {results[-1].seconds:.3f} s", style="dim", highlight=False)
+        finally:  # a workload that fails does not take the others' results with it
+            if results:
+                report.print_throughput(console, model, session, results)
+                if json is not None:
+                    report.write_json(json, "throughput", model, session.facts(), results)
+                if plot is not None:
+                    report.plot_throughput(plot, model, session, results)
 
 
 @app.command()

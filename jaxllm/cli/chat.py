@@ -25,13 +25,14 @@ def chat(
     engine: dict,
 ) -> None:
     """Talk with a model. From a pipe, each line of stdin is a message."""
-    from jaxllm.cli.start import open_llm, prompt_length, sampling_params
+    from jaxllm.cli.start import open_llm, prompt_length, sampling_params, shows_progress
 
     terminal = prompt is None and sys.stdin.isatty()
     # One question needs three executables; a conversation compiles the other step sizes in the background.
     defaults = {"max_num_seqs": 1, "warm_up": terminal}
     length = prompt_length((system or "") + (prompt or "")) + 32  # the template's own tokens
-    llm = open_llm(name or model, {**defaults, **engine}, sampling, prompt_length=length)
+    options, progress = {**defaults, **engine}, shows_progress(quiet)
+    llm = open_llm(name or model, options, sampling, prompt_length=length, progress=progress)
     # None: as long as the context has room
     conversation = Conversation(llm, sampling_params(llm, {"max_tokens": None, **sampling}), system, quiet)
     if prompt is not None:

@@ -10,7 +10,7 @@ from jaxllm.cli.options import engine_options, sampling_options
 from jaxllm.errors import InvalidRequestError
 
 Model = Annotated[str, typer.Option(help="'smollm2', a Hugging Face directory or id, or a .gguf file")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no figures on stderr")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no figures and no progress bars on stderr")]
 
 
 @sampling_options()
@@ -26,7 +26,7 @@ def generate(
     engine: dict,
 ) -> None:
     """Complete prompts. One is streamed to stdout as it comes; several run at once and are printed in order."""
-    from jaxllm.cli.start import longest_request, open_llm, prompt_length, sampling_params
+    from jaxllm.cli.start import longest_request, open_llm, prompt_length, sampling_params, shows_progress
     from jaxllm.cli.stream import since_process_start, stream_answer
 
     if not prompts:
@@ -37,7 +37,8 @@ def generate(
     defaults = {"warm_up": False, "max_num_seqs": min(len(prompts), 32)}
     sampling = {"max_tokens": 128, **sampling}
     length, longest = prompt_length(prompts[0]), longest_request(prompts, sampling["max_tokens"])
-    llm = open_llm(model, {**defaults, **engine}, sampling, prompt_length=length, longest=longest)
+    progress = shows_progress(quiet)
+    llm = open_llm(model, {**defaults, **engine}, sampling, prompt_length=length, longest=longest, progress=progress)
     params = sampling_params(llm, sampling)
     ready = since_process_start()
     if len(prompts) == 1:
@@ -50,7 +51,7 @@ def generate(
             raise SystemExit(130)
     else:
         begin = time.perf_counter()
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(prompts, params, use_tqdm=progress)
         seconds = time.perf_counter() - begin
         for number, output in enumerate(outputs):
             print(f"{'' if number == 0 else chr(10)}--- {prompts[number]}\n{output.outputs[0].text}")

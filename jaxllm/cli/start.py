@@ -1,5 +1,6 @@
 """Starting the engine for a command."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,11 @@ if TYPE_CHECKING:
 
 _SAMPLES = {"temperature", "top_p", "top_k", "min_p", "seed"}  # any of them means: do sample
 BYTES_A_TOKEN = 3.5  # of UTF-8; English text has 4 to 5, so that the estimate is rather too long
+
+
+def shows_progress(quiet: bool = False) -> bool:
+    """Whether to draw progress bars: somebody looks at stderr."""
+    return not quiet and sys.stderr.isatty()
 
 
 def prompt_length(text: str) -> int:
@@ -29,10 +35,11 @@ def open_llm(
     *,
     prompt_length: int,
     longest: int | None = None,
+    progress: bool = False,
 ) -> "LLM":
     """An engine, started once the parameters are known to be good. Raises any of jaxllm.errors.
 
-    prompt_length, longest: see `jaxllm.core.expected.Expected`.
+    prompt_length, longest: see `jaxllm.core.expected.Expected`; progress: draw a bar while the weights load.
     """
     from jaxllm.cli import wait_for_preload
     from jaxllm.core.expected import Expected
@@ -43,7 +50,7 @@ def open_llm(
     wait_for_preload()
     from jaxllm.llm import LLM
 
-    return LLM(model, expected=Expected(prompt_length, params, longest), **options)
+    return LLM(model, expected=Expected(prompt_length, params, longest), progress=progress, **options)
 
 
 def sampling_params(llm: "LLM", given: dict[str, Any]) -> "SamplingParams":

@@ -16,6 +16,8 @@ from jaxllm.frontend.outputs import Logprob
 if TYPE_CHECKING:
     from jaxllm.llm import LLM
 
+MAX_LENGTH_PENALTY = 10
+
 
 @dataclasses.dataclass(kw_only=True)
 class BeamSearchParams:
@@ -28,7 +30,7 @@ class BeamSearchParams:
       ignore_eos: go on past the end-of-sequence token, and let it count as any other.
       temperature: accepted for vLLM's sake. Beams are ranked by the log-probabilities of the raw logits.
       length_penalty: sequences are ranked by cum_logprob / length**length_penalty, the prompt and no end-of-sequence
-        token counting as length; below 1 favours short ones.
+        token counting as length; below 1 favours short ones. In [-10, 10].
       include_stop_str_in_output: keep the end-of-sequence token in `tokens`.
     """
 
@@ -44,15 +46,18 @@ class BeamSearchParams:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequestError(name, value, "must be an integer of at least 1")
-        for name, least in (("temperature", 0.0), ("length_penalty", -math.inf)):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-                or value < least
-            ):
-                raise InvalidRequestError(name, value, "must be finite" + (" and at least 0" if least == 0 else ""))
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(name, getattr(self, name), "must be True or False")
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise InvalidRequestError("temperature", self.temperature, "must be finite and at least 0")
+        most = MAX_LENGTH_PENALTY
+        if not _is_number(self.length_penalty) or not -most <= self.length_penalty <= most:
+            raise InvalidRequestError("length_penalty", self.length_penalty, f"must be in [-{most}, {most}]")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass
@@ -133,8 +138,10 @@ def beam_search(llm: "LLM", prompts: Sequence[Any], params: BeamSearchParams) ->
       prompts: text, token ids, or a mapping with "prompt" or "prompt_token_ids".
 
     Raises:
-      InvalidRequestError: a prompt that cannot be, or that leaves no room for max_tokens.
+      InvalidRequestError: no BeamSearchParams, a prompt that cannot be, or one that leaves no room for max_tokens.
     """
+    if not isinstance(params, BeamSearchParams):
+        raise InvalidRequestError("params", params, "must be BeamSearchParams")
     searches = []
     for prompt in prompts:
         text, ids = llm.token_ids(prompt)

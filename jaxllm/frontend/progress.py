@@ -17,7 +17,7 @@ class TokenProgress:
 
     def __enter__(self) -> "TokenProgress":
         if self._show:
-            from rich import progress
+            from rich import console, progress
 
             self._bar = progress.Progress(
                 progress.TextColumn("Generating"),
@@ -25,6 +25,8 @@ class TokenProgress:
                 progress.MofNCompleteColumn(),
                 progress.TextColumn("{task.fields[rate]:.0f} tok/s"),
                 progress.TimeRemainingColumn(),
+                console=console.Console(stderr=True),
+                redirect_stdout=False,  # what others print meanwhile stays on stdout
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total, rate=0.0)

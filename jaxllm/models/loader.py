@@ -106,7 +106,7 @@ def load_dummy(
 @contextlib.contextmanager
 def progress_bar(description: str = "Loading weights") -> Iterator[OnProgress]:
     """A bar on the terminal, for `on_progress`."""
-    from rich import progress  # here: only those who look at a terminal pay for the import
+    from rich import console, progress  # here: only those who look at a terminal pay for the import
 
     columns = (
         progress.TextColumn("{task.description}"),
@@ -115,7 +115,8 @@ def progress_bar(description: str = "Loading weights") -> Iterator[OnProgress]:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, transient=True) as bar:
+    terminal = console.Console(stderr=True)
+    with progress.Progress(*columns, console=terminal, redirect_stdout=False, transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from jaxllm.bench.throughput import choose_workloads, run_throughput
 from jaxllm.cli.app import app
 from jaxllm.errors import ConfigError, InvalidRequestError
 
@@ -28,6 +29,45 @@ def test_throughput(tiny_flags, tmp_path):
     assert result["output_tok_s"] == pytest.approx(192 / result["seconds"])
     assert 0 <= result["padded_share"] < 1 and result["preemptions"] == 0 and result["prefix_hit_share"] == 0
     assert result["steps"] >= 64 and result["floor_seconds"] is None
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_throughput_runs_what_fits_the_model(tiny_flags, tmp_path):
+    out = tmp_path / "out.json"
+    text = run("throughput", "--runs", 1, "--no-ceilings", "--compile-late", "--json", out, *tiny_flags)
+    assert [result["workload"] for result in json.loads(out.read_text())["results"]] == ["cpu_single", "cpu_ragged"]
+    assert "left out: workload='cpu_prefill': has a request of 1025 tokens (max_model_len=512)" in text
+    with pytest.raises(InvalidRequestError, match=r"none fits max_model_len=64"):
+        run("throughput", "--no-ceilings", "--compile-late", "--max-model-len", 64, *tiny_flags)
+
+
+def test_a_named_workload_that_does_not_fit_is_refused_before_any_runs(tiny_flags, monkeypatch):
+    monkeypatch.setattr("jaxllm.bench.throughput.run_throughput", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(InvalidRequestError, match=r"workload='cpu_prefill': has a request of 1025 tokens"):
+        run("throughput", "cpu_single", "cpu_prefill", "--no-ceilings", *tiny_flags)
+
+
+def test_on_an_accelerator_the_workloads_are_others():
+    chosen, left_out = choose_workloads([], 300, 4096, on_cpu=False)
+    assert chosen == ["single_stream", "random_1024_128", "ragged", "decode_heavy", "shared_prefix"]
+    assert list(left_out) == ["prefill_heavy", "long_context"]
+    chosen, left_out = choose_workloads([], 300, 4096, on_cpu=True, num_requests=4)
+    assert chosen == ["cpu_ragged"] and "cpu_single has one request" in left_out["cpu_single"]
+
+
+def test_a_failure_keeps_the_results_before_it(tiny_flags, tmp_path, monkeypatch):
+    def fails_later(session, name, *rest):
+        if name == "cpu_ragged":
+            raise RuntimeError("broken")
+        return run_throughput(session, name, *rest)
+
+    monkeypatch.setattr("jaxllm.bench.throughput.run_throughput", fails_later)
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    names = "cpu_single", "cpu_ragged"
+    flags = "--runs", 1, "--no-ceilings", "--compile-late", "--json", out, "--plot", plot
+    with pytest.raises(RuntimeError, match="broken"):
+        run("throughput", *names, *flags, *tiny_flags)
+    assert [result["workload"] for result in json.loads(out.read_text())["results"]] == ["cpu_single"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -75,10 +75,32 @@ def test_text_prompts_and_the_end_token(llm):
         assert sequence.tokens[-1] == sequence.stop_reason
 
 
+def test_the_public_name():
+    import jaxllm
+
+    assert jaxllm.BeamSearchParams is BeamSearchParams
+    assert jaxllm.TokensPrompt(prompt_token_ids=[1]) == {"prompt_token_ids": [1]}
+
+
 def test_refusals(llm):
     with pytest.raises(InvalidRequestError, match="beam_width=0"):
         BeamSearchParams(beam_width=0, max_tokens=4)
     with pytest.raises(InvalidRequestError, match="length_penalty=nan"):
         BeamSearchParams(beam_width=1, max_tokens=4, length_penalty=float("nan"))
+    for name, value in [
+        ("length_penalty", 10.5),
+        ("length_penalty", -(10**400)),
+        ("length_penalty", "1"),
+        ("length_penalty", None),
+        ("temperature", float("inf")),
+        ("ignore_eos", "no"),
+        ("include_stop_str_in_output", 1),
+        ("beam_width", 2.0),
+        ("max_tokens", True),
+    ]:
+        with pytest.raises(InvalidRequestError, match=name):
+            BeamSearchParams(**{"beam_width": 1, "max_tokens": 4, name: value})
+    with pytest.raises(InvalidRequestError, match="params=None: must be BeamSearchParams"):
+        llm.beam_search([[5] * 10], None)
     with pytest.raises(InvalidRequestError, match=r"max_tokens=120: at most 118 after 10 prompt tokens"):
         llm.beam_search([[5] * 10], BeamSearchParams(beam_width=2, max_tokens=120))

@@ -1,5 +1,6 @@
 """`jaxllm generate` and `jaxllm chat`, in this process and as a process of their own."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -128,6 +129,35 @@ def test_a_process_of_its_own(model, expected, root):
     done = subprocess.run([*COMMAND, *flags], cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, expected("the hand") + "\n")
     assert "after the start of the process" in done.stderr
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_bars_are_for_a_terminal(model, expected, root, quiet):
+    """On stderr alone, and not with --quiet."""
+    ours, theirs = pty.openpty()
+    flags = ["--model", model, "--max-tokens", "12", "--ignore-eos", *SIZES, *["--quiet"] * quiet]
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "the", "her", *flags],
+        cwd=root,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while block := os.read(ours, 4096):
+                seen += block
+        assert process.stdout.read() == f"--- the\n{expected('the')}\n\n--- her\n{expected('her')}\n"
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        os.close(ours)
+    assert (b"Loading weights" in seen) == (b"Generating" in seen) == (b"tok/s" in seen) == (not quiet)
 
 
 def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
