@@ -12,11 +12,16 @@ def _option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def _whole(value: Any) -> bool:
+    """Whether it is an integer of at least 1; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @dataclasses.dataclass(kw_only=True)
 class EngineConfig:
     """Options of one engine. None means: chosen for the model and the device, see `jaxllm.engine.resolve`.
 
-    The help texts are the documentation of each field. Raises ConfigError naming the field and its limit.
+    The help texts are the documentation of each field. Raises ConfigError naming the field, its value and its limit.
     """
 
     model: str = _option("smollm2", "'smollm2', a Hugging Face directory or id, or a .gguf file")
@@ -50,22 +55,41 @@ class EngineConfig:
             if not holds:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: {limit}")
 
-        for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+        need(isinstance(self.model, str) and self.model != "", "model", "must be a name or a path, not empty")
+        need(self.revision is None or isinstance(self.revision, str), "revision", "must be text or None")
+        if isinstance(self.compilation_cache_dir, os.PathLike):
+            self.compilation_cache_dir = os.fspath(self.compilation_cache_dir)
+        directory = self.compilation_cache_dir
+        need(directory is None or isinstance(directory, str), "compilation_cache_dir", "must be a path or None")
+        for field in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "max_waiting_requests",
+            "max_waiting_tokens",
+        ):
             value = getattr(self, field)
-            need(value is None or (isinstance(value, int) and value >= 1), field, "must be an integer of at least 1")
-        need(isinstance(self.page_size, int) and 1 <= self.page_size <= 1024, "page_size", "must be in [1, 1024]")
-        need(0 < self.memory_utilization <= 1, "memory_utilization", "must be in (0, 1]")
+            need(value is None or _whole(value), field, "must be an integer of at least 1, or None")
+        need(_whole(self.page_size) and self.page_size <= 1024, "page_size", "must be an integer in [1, 1024]")
+        need(_whole(self.data_parallel_size), "data_parallel_size", "must be an integer of at least 1")
+        need(isinstance(self.seed, int) and not isinstance(self.seed, bool), "seed", "must be an integer")
+        need(-(2**63) <= self.seed < 2**64, "seed", "must be in [-2**63, 2**64)")
+        share = self.memory_utilization
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        need(number and 0 < share <= 1, "memory_utilization", "must be a number in (0, 1]")
+        for field in ("enable_prefix_caching", "engine_process", "warm_up"):
+            need(isinstance(getattr(self, field), bool), field, "must be True or False")
         need(self.load_format in ("auto", "dummy"), "load_format", "must be 'auto' or 'dummy'")
         need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "must be 'auto', 'float32' or 'bfloat16'")
         need(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "must be 'fcfs' or 'priority'")
-        need(self.attention_backend in (None, "reference", "xla", "gpu"), "attention_backend", "is unknown")
-        need(
-            isinstance(self.data_parallel_size, int) and self.data_parallel_size >= 1,
-            "data_parallel_size",
-            "must be an integer of at least 1",
-        )
-        if self.token_rungs is not None:
-            self.token_rungs = tuple(self.token_rungs)
+        backends = "must be None, 'reference', 'xla' or 'gpu'"
+        need(self.attention_backend in (None, "reference", "xla", "gpu"), "attention_backend", backends)
+        rungs = self.token_rungs
+        if rungs is not None:
+            listed = isinstance(rungs, list | tuple) and all(_whole(rung) for rung in rungs)
+            need(listed, "token_rungs", "must be None or integers of at least 1")
+            self.token_rungs = tuple(rungs)
 
     @property
     def cache_directory(self) -> Path:
@@ -74,14 +98,40 @@ class EngineConfig:
         return Path(chosen) if chosen else Path.home() / ".cache" / "jaxllm" / "xla"
 
 
+# vLLM's names of options, which `config_from` takes too.
+ALIASES = {
+    "gpu_memory_utilization": "memory_utilization",
+    "block_size": "page_size",
+}
+# vLLM's options that have one value here, and why; `config_from` takes that value and drops it.
+FIXED: dict[str, tuple[Any, str]] = {
+    "tensor_parallel_size": (1, "one shard is what is supported so far"),
+    "trust_remote_code": (False, "no remote code is ever run"),
+}
+
+
 def config_from(model: str, options: dict[str, Any]) -> EngineConfig:
-    """EngineConfig(model=model, **options), with a ConfigError that names an unknown option and its nearest match."""
+    """EngineConfig(model=model, **options), where options may also have vLLM's names, see `ALIASES` and `FIXED`.
+
+    Raises:
+      ConfigError: an option is unknown (the message names its nearest match), given under both its names, or refused.
+    """
     import difflib
 
     known = [field.name for field in dataclasses.fields(EngineConfig)]
-    for name in options:
+    chosen: dict[str, Any] = {}
+    for alias, value in options.items():
+        name = ALIASES.get(alias, alias)
+        if name in FIXED:
+            only, reason = FIXED[name]
+            if type(value) is not type(only) or value != only:
+                raise ConfigError(f"{name}={value!r}: must be {only!r}, {reason}")
+            continue
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name, [*known, *ALIASES, *FIXED], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ConfigError(f"unknown option {name!r}{hint} Options: {', '.join(known)}")
-    return EngineConfig(model=model, **options)
+        if name != alias and name in options:
+            raise ConfigError(f"{alias}={value!r}: is another name of {name}, which is {options[name]!r}; give one")
+        chosen[name] = value
+    return EngineConfig(model=model, **chosen)

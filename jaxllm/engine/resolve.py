@@ -2,6 +2,9 @@
 
 import dataclasses
 import logging
+import os
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +61,13 @@ def resolve_dtype(config: EngineConfig) -> jnp.dtype:
 
 
 def resolve_backend(config: EngineConfig) -> str:
-    """The Hopper kernel where it runs, else plain XLA, said in the log."""
+    """What was asked for, else the Hopper kernel where it runs, else plain XLA, said in the log.
+
+    Raises:
+      ConfigError: the GPU's kernel was asked for and there is no GPU.
+    """
+    if config.attention_backend == "gpu" and jax.default_backend() != "gpu":
+        raise ConfigError(f"attention_backend='gpu': needs a GPU; JAX runs on {jax.default_backend()!r} here")
     if config.attention_backend is not None:
         return config.attention_backend
     device = jax.devices()[0]
@@ -89,7 +98,7 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
 
     Raises:
       ConfigError: options that do not fit the model or each other.
-      OutOfMemoryError: the weights and the smallest useful cache do not fit.
+      OutOfMemoryError: the weights and the cache do not fit, or the cache is too small to be useful.
     """
     on_cpu = jax.default_backend() == "cpu"
     dtype, backend = resolve_dtype(config), resolve_backend(config)
@@ -119,6 +128,8 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     )
     plan = EnginePlan(dtype, backend, scheduler, groups, layers, weight_bytes, cache_bytes)
     _check_longest_fits(plan)
+    if on_cpu:
+        _check_host_memory(config, plan, model.config.vocab_size)
     return plan
 
 
@@ -135,7 +146,11 @@ def _page_bytes(layers: tuple[LayerCache, ...], group: int, page_size: int, dtyp
 def _cache_groups(
     config: EngineConfig, layers, dtype, backend: str, cache_bytes: int, max_num_seqs: int, budget: int, limit: int
 ) -> tuple[CacheGroup, ...]:
-    """Window groups get what all slots can ever use, at most half of the memory together; the full group the rest."""
+    """Window groups get what all slots can ever use, at most half of the memory together; the full group the rest.
+
+    Raises:
+      OutOfMemoryError: a group's part does not hold a page.
+    """
     page_size = config.page_size
     windows: dict[int, int | None] = {layer.group: layer.window for layer in layers}
     longest = -(-(config.max_model_len or limit) // page_size)
@@ -150,6 +165,12 @@ def _cache_groups(
         share = left if num_windows == 0 or window is None else cache_bytes // 2 // num_windows
         if len(windows) == num_windows:
             share = cache_bytes // num_windows
+        if share < page_bytes:
+            name = "full" if window is None else f"window {window}"
+            raise OutOfMemoryError(
+                f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}: {max(share, 0)} bytes of the KV cache's "
+                f"{cache_bytes} are for group {name!r}, where one page of {page_size} tokens takes {page_bytes} bytes"
+            )
         pages[group] = min(most, share // page_bytes) + 1
         left -= pages[group] * page_bytes
     return tuple(
@@ -180,6 +201,41 @@ def _check_longest_fits(plan: EnginePlan) -> None:
             )
 
 
+def _table_bytes(max_num_seqs: int, vocab_size: int, length: int) -> int:
+    """The slots' tables: what the sampler counts and masks, token ids, stop strings."""
+    return max_num_seqs * (vocab_size * 5 + length * 4 + 128 * 16 * 4)
+
+
+def host_memory() -> int:
+    """Bytes that this machine can still give: what Linux says is available, at most its physical memory."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return min(physical, int(found[1]) * 1024) if found else physical
+
+
+def _check_host_memory(config: EngineConfig, plan: EnginePlan, vocab_size: int) -> None:
+    """Raises OutOfMemoryError if what all ranks on CPU will allocate is more than the machine has left."""
+    page_bytes = [
+        _page_bytes(plan.layers, index, plan.page_size, plan.dtype, plan.backend) for index in range(len(plan.groups))
+    ]
+    pages = sum(group.num_pages * size for group, size in zip(plan.groups, page_bytes, strict=True))
+    slots, ranks = plan.scheduler.max_num_seqs, min(config.data_parallel_size, len(jax.devices()))
+    tables = _table_bytes(slots, vocab_size, plan.scheduler.max_model_len)
+    each, available = plan.weight_bytes + pages + tables, host_memory()
+    if ranks * each <= available:
+        return
+    left = available // ranks - plan.weight_bytes - tables - sum(page_bytes)  # each group has a page for padding
+    fits = f"kv_cache_memory_bytes={left} would fit" if left > 0 else "nothing is left for the KV cache"
+    raise OutOfMemoryError(
+        f"weights take {plan.weight_bytes / 1e9:.3g} GB, the KV cache {pages / 1e9:.3g} GB, the tables of "
+        f"max_num_seqs={slots} {tables / 1e9:.3g} GB: {each / 1e9:.3g} GB, times data_parallel_size={ranks}; this "
+        f"machine has {available / 1e9:.3g} GB left: {fits}"
+    )
+
+
 def _memory_left(config: EngineConfig, model, weight_bytes: int, budget: int, max_num_seqs: int, dtype) -> int:
     """An accelerator's memory less weights, the largest step's temporaries and the slots' tables."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -191,7 +247,7 @@ def _memory_left(config: EngineConfig, model, weight_bytes: int, budget: int, ma
     widest = 2 * shape.intermediate_size + 4 * shape.hidden_size
     temporaries = 2 * budget * widest * dtype.itemsize + 3 * max_num_seqs * shape.vocab_size * 4
     length = config.max_model_len or shape.max_position_embeddings
-    tables = max_num_seqs * (shape.vocab_size * 5 + length * 4 + 128 * 16 * 4)
+    tables = _table_bytes(max_num_seqs, shape.vocab_size, length)
     budgeted = int(limit * config.memory_utilization)
     left = budgeted - weight_bytes - temporaries - tables
     if left <= 0:

@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 
+import jax
 import numpy as np
 import pytest
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, EngineConfig, SamplingParams
+from jaxllm.config import config_from
+from jaxllm.engine import resolve
 from jaxllm.errors import (
     CheckpointError,
     ConfigError,
@@ -187,13 +191,42 @@ def test_too_many_waiting(checkpoint):
         ({"xyzzy": 4}, r"unknown option 'xyzzy'\. Options: model, "),
         ({"max_model_len": 0}, "max_model_len=0"),
         ({"max_num_seqs": 2.5}, "max_num_seqs=2.5"),
+        ({"max_num_seqs": True}, "max_num_seqs=True: must be an integer"),
+        ({"max_num_batched_tokens": "128"}, "max_num_batched_tokens='128': must be an integer"),
+        ({"kv_cache_memory_bytes": 1e9}, "kv_cache_memory_bytes=1000000000.0: must be an integer"),
+        ({"max_waiting_requests": 0}, "max_waiting_requests=0: must be an integer of at least 1"),
+        ({"max_waiting_tokens": True}, "max_waiting_tokens=True: must be an integer"),
         ({"page_size": 0}, "page_size=0"),
+        ({"page_size": True}, "page_size=True: must be an integer"),
+        ({"page_size": 1025}, r"page_size=1025: must be an integer in \[1, 1024\]"),
+        ({"memory_utilization": "0.9"}, "memory_utilization='0.9': must be a number"),
+        ({"memory_utilization": True}, "memory_utilization=True: must be a number"),
+        ({"seed": "0"}, "seed='0': must be an integer"),
+        ({"seed": None}, "seed=None: must be an integer"),
+        ({"seed": False}, "seed=False: must be an integer"),
+        ({"seed": 2**64}, "seed=18446744073709551616: must be in"),
+        ({"warm_up": "no"}, "warm_up='no': must be True or False"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be True or False"),
+        ({"engine_process": None}, "engine_process=None: must be True or False"),
+        ({"revision": 5}, "revision=5: must be text"),
+        ({"compilation_cache_dir": 5}, "compilation_cache_dir=5: must be a path"),
+        ({"compilation_cache_dir": "/dev/null/xla"}, "compilation_cache_dir='/dev/null/xla': must be a directory"),
+        ({"compilation_cache_dir": "a\0b"}, "compilation_cache_dir=.*: must be a directory"),
+        ({"token_rungs": 128}, "token_rungs=128: must be"),
+        ({"token_rungs": ("4", "128")}, r"token_rungs=\('4', '128'\): must be"),
         ({"memory_utilization": math.nan}, "memory_utilization=nan"),
         ({"dtype": "float8"}, "dtype='float8'"),
         ({"load_format": "pt"}, "load_format='pt'"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo'"),
-        ({"attention_backend": "cuda"}, "attention_backend='cuda'"),
+        ({"attention_backend": "cuda"}, "attention_backend='cuda': must be None, 'reference', 'xla' or 'gpu'"),
         ({"data_parallel_size": 0}, "data_parallel_size=0"),
+        ({"data_parallel_size": True}, "data_parallel_size=True"),
+        ({"gpu_memory_utilization": 2}, "memory_utilization=2: must be"),
+        ({"gpu_memory_utilization": 0.5, "memory_utilization": 0.5}, "gpu_memory_utilization=0.5: is another name of"),
+        ({"block_size": 16}, "block_size=16: is another name of page_size, which is 8"),  # tiny.OPTIONS has page_size
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: must be 1, one shard is what is supported so far"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size=True: must be 1"),
+        ({"trust_remote_code": True}, "trust_remote_code=True: must be False, no remote code is ever run"),
         ({"max_num_seqs": 32, "max_num_batched_tokens": 16}, "max_num_batched_tokens=16"),
         ({"token_rungs": (32, 4, 128)}, "token_rungs=.*ascending"),
         ({"token_rungs": (4, 32)}, "token_rungs=.*max_num_batched_tokens=128"),
@@ -206,7 +239,40 @@ def test_options(checkpoint, options, message):
         tiny.llm(checkpoint("llama"), **options)
 
 
+def test_the_gpus_kernel_needs_a_gpu(checkpoint):
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has one")
+    with pytest.raises(ConfigError, match="attention_backend='gpu': needs a GPU"):
+        tiny.llm(checkpoint("llama"), attention_backend="gpu")
+
+
+def test_vllms_names_of_options(tmp_path):
+    options = {"gpu_memory_utilization": 0.5, "block_size": 16, "tensor_parallel_size": 1, "trust_remote_code": False}
+    config = config_from("m", options | {"compilation_cache_dir": tmp_path})
+    assert config == EngineConfig(model="m", memory_utilization=0.5, page_size=16, compilation_cache_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="did you mean 'tensor_parallel_size'"):
+        config_from("m", {"tensor_parallel": 1})
+    for model in ("", None):
+        with pytest.raises(ConfigError, match=f"model={model!r}"):
+            EngineConfig(model=model)  # type: ignore[arg-type]
+
+
+def test_no_memory_on_the_machine(checkpoint, monkeypatch):
+    assert 0 < resolve.host_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model = checkpoint("llama")
+    with pytest.raises(OutOfMemoryError, match=r"tables of max_num_seqs=1000000000 .*nothing is left"):
+        tiny.llm(model, max_num_seqs=10**9, max_num_batched_tokens=10**9, token_rungs=(10**9,))
+    monkeypatch.setattr(resolve, "host_memory", lambda: 1_000_000)
+    with pytest.raises(OutOfMemoryError, match=r"weights take .* machine has 0\.001 GB left") as caught:
+        tiny.llm(model)
+    fits = int(str(caught.value).split("kv_cache_memory_bytes=")[1].split()[0])
+    with tiny.llm(model, kv_cache_memory_bytes=fits) as llm:
+        assert len(llm.generate([5, 6], GOOD)[0].outputs[0].token_ids) == 30
+
+
 def test_no_memory_for_the_cache(checkpoint):
+    with pytest.raises(OutOfMemoryError, match=r"kv_cache_memory_bytes=1: .* 'full', .* page of 8 tokens takes 2048"):
+        tiny.llm(checkpoint("llama"), kv_cache_memory_bytes=1)
     with pytest.raises(OutOfMemoryError, match=r"holds 120 tokens in group 'full'; max_model_len=128 needs 128"):
         tiny.llm(checkpoint("llama"), max_model_len=128, kv_cache_memory_bytes=15 * 2048)
     with pytest.raises(OutOfMemoryError, match="group 'window 19'"):
@@ -218,7 +284,9 @@ def test_no_memory_for_the_cache(checkpoint):
 
 
 def test_models_that_are_not_there(tmp_path):
-    for name in (str(tmp_path / "nothing"), "./nothing", "nothing.gguf", ""):
+    with pytest.raises(ConfigError, match="model=''"):
+        LLM("")
+    for name in (str(tmp_path / "nothing"), "./nothing", "nothing.gguf"):
         with pytest.raises(ModelNotFoundError, match="model="):
             LLM(name)
     with pytest.raises(ModelNotFoundError, match="no-such/model"):  # tests run offline
