@@ -118,16 +118,20 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
         use_tqdm: bool = False,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
-        """`generate` for one conversation or several, under the model's chat template."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        """`generate` for one conversation or several, under the model's chat template or `chat_template` (Jinja)."""
+        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages, (str, bytes))
+        several = several and not isinstance(messages[0], (Mapping, str))
         conversations: Any = messages if several else [messages]
         prompts = [
-            self._engine.chat_prompt(conversation, tools, add_generation_prompt, chat_template_kwargs)
+            self._engine.chat_prompt(conversation, tools, add_generation_prompt, chat_template_kwargs, chat_template)
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, cache_salt=cache_salt)
 
     def stream(
         self,

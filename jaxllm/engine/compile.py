@@ -73,12 +73,15 @@ class Executables:
     def get(self, key: Key) -> Any:
         """The compiled function, waiting for it or compiling it now. Raises what its compilation raised."""
         future = self._futures.get(key)
-        if future is None:
-            if self._sealed:
-                self.num_late += 1
-                logger.warning("compiling %s while serving", key)
-            self.prepare([key])
-            future = self._futures[key]
+        if future is None and self._sealed:
+            self.num_late += 1
+            logger.warning("compiling %s while serving", key)
+        if future is None or future.cancel():  # it jumps the queue: somebody waits for it
+            future = self._futures[key] = Future()
+            try:
+                future.set_result(self._compile(key))
+            except Exception as error:
+                future.set_exception(error)
         return future.result()
 
     def first_ready[K: Hashable](self, keys: list[K]) -> K:

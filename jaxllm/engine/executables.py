@@ -181,7 +181,8 @@ def warm_up_order(plan: EnginePlan) -> list[Any]:
     """Everything that serving may meet but `Wide`, most needed first."""
     rungs = plan.scheduler.token_rungs
     rows = row_rungs(plan.scheduler.max_num_seqs)
-    keys: list[Any] = [Forward(rungs[0]), Sample(rows[0], VARIANTS[0])]
+    keys: list[Any] = [Forward(rungs[0])]
+    keys += [Sample(rows[0], variant) for variant in VARIANTS]  # small, and all that single requests need
     keys += [Forward(rung) for rung in reversed(rungs)]
     keys += [Sample(count, variant) for variant in VARIANTS for count in reversed(rows)]
     keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages()]

@@ -37,15 +37,20 @@ class FrontEngine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> list[int]:
-        """The token ids of a conversation under the model's chat template. Raises InvalidRequestError."""
-        if not messages:
-            raise InvalidRequestError("messages", messages, "must hold at least one message")
+        """The token ids of a conversation under the model's chat template, or another. Raises InvalidRequestError."""
+        if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
+            raise InvalidRequestError("messages", messages, "must be a list of at least one message")
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise InvalidRequestError("messages", message, "a message is a dict with 'role' and 'content'")
         text = self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             chat_template_kwargs=chat_template_kwargs,
+            chat_template=chat_template,
         )
         return self.tokenizer.encode(text, add_special_tokens=False)
 

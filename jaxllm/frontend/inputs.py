@@ -157,6 +157,9 @@ class RequestBuilder:
         stops = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             stops |= self.eos_token_ids
+        if params.min_tokens and params.allowed_token_ids is not None and stops.issuperset(params.allowed_token_ids):
+            limit = f"all of them end the request, and min_tokens={params.min_tokens} forbids that"
+            raise InvalidRequestError("allowed_token_ids", params.allowed_token_ids, limit)
         emitted = self._checked_ids("output_token_ids", output_token_ids)
         if emitted:
             self._check_emitted(ids, emitted, params, stops, max_tokens)
