@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.errors import InvalidRequestError
 from tests.engine import tiny
 
 
@@ -66,11 +67,14 @@ def test_nan_in_the_middle_of_a_stream(own):
 
 
 def test_a_request_without_any_token_left_ends_with_an_error(own):
-    nothing = SamplingParams(temperature=0, allowed_token_ids=[tiny.EOS], min_tokens=3)
+    (word,) = own.get_tokenizer().encode("a", add_special_tokens=False)
+    nothing = SamplingParams(temperature=0, allowed_token_ids=[word], bad_words=["a"])
     fine = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     broken, other = own.generate([[5, 6], [5, 6]], [nothing, fine])
     assert (broken.outputs[0].finish_reason, broken.outputs[0].token_ids) == ("error", [])
     assert len(other.outputs[0].token_ids) == 5
+    with pytest.raises(InvalidRequestError, match="allowed_token_ids"):  # what can be seen at the door ends there
+        own.generate([5, 6], SamplingParams(allowed_token_ids=[tiny.EOS], min_tokens=3))
 
 
 @pytest.mark.parametrize("own", ["llama", "mistral", "gemma2"], indirect=True)
