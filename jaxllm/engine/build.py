@@ -15,6 +15,7 @@ from jaxllm.core.expected import Expected
 from jaxllm.engine import platform
 from jaxllm.engine.compile import Executables, use_compilation_cache
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.executable_store import ExecutableStore, fingerprint
 from jaxllm.engine.executables import Forward, Lowering, Sample, row_rungs
 from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
 from jaxllm.engine.runner import Runner, layout_of
@@ -82,7 +83,11 @@ def build_core(
     leaves, treedef = jax.tree.flatten(model)
     shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)
     lowering = Lowering(shape, plan, leaves, mesh)
-    executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)))
+    store = None
+    if jax.default_backend() != "cpu":  # where lowering costs seconds
+        name = fingerprint(family.__name__, model.config, plan, shape.layout, mesh.shape)
+        store = (ExecutableStore(config.cache_directory, name), list(mesh.devices.flat))
+    executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)), store=store)
     executables.prepare(first_keys(plan, expected))
     _load(config, model, checkpoint, replicated(mesh), progress)
     leaves = jax.tree.leaves(model)

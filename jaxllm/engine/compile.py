@@ -1,10 +1,10 @@
-"""Executables by key, compiled ahead of time in parallel, most needed first, and kept in JAX's persistent cache."""
+"""Executables by key, compiled ahead of time in parallel, most needed first, and kept on disk for the next start."""
 
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxllm.engine import platform
+from jaxllm.engine.executable_store import ExecutableStore
 from jaxllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -36,23 +37,42 @@ class Executables:
     `lower(key)` traces; it and the compilation run on worker threads. XLA compiles without the GIL, tracing holds it.
     What is asked for first is compiled first.
 
+    Args:
+      lower: traces and lowers the executable of a key.
+      store: where executables are looked for first and kept, with the devices they run on; None: only in JAX's cache.
+
     Attributes:
       num_late: compilations that a caller of `get` had to start after `seal`: what serving should never meet.
+      num_restored: executables that came from the store.
     """
 
-    def __init__(self, lower: Callable[[Any], Any], num_threads: int = 2):
-        self._lower = lower
+    def __init__(
+        self,
+        lower: Callable[[Any], Any],
+        num_threads: int = 2,
+        store: tuple[ExecutableStore, Sequence[jax.Device]] | None = None,
+    ):
+        self._lower, self._store = lower, store
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
         self._futures: dict[Key, Future] = {}
         self._lock = threading.Lock()
         self._sealed = False
-        self.num_late = 0
+        self.num_late = self.num_restored = 0
         self.seconds: dict[Key, float] = {}
         threading.Thread(target=_close_at_exit, args=(weakref.ref(self),), daemon=True).start()
 
     def _compile(self, key: Key) -> Any:
         begin = time.perf_counter()
-        compiled = self._lower(key).compile()
+        compiled = None
+        if self._store is not None:
+            store, devices = self._store
+            compiled = store.load(key, devices)
+        if compiled is not None:
+            self.num_restored += 1
+        else:
+            compiled = self._lower(key).compile()
+            if self._store is not None:
+                store.save(key, compiled)
         self.seconds[key] = time.perf_counter() - begin
         platform.trim_memory()
         logger.debug("compiled %s in %.2f s", key, self.seconds[key])
