@@ -25,7 +25,11 @@ class LayerCache:
 
 
 class DecoderLayer(nnx.Module):
-    """Norm, attention, residual; norm, MLP, residual: Llama's layer."""
+    """Llama's layer: attention and MLP, each over the norm of the residual stream.
+
+    A layer takes the stream and the update that is still to be added to it, and leaves both so: the sum and the norm
+    that follows it are one pass over memory.
+    """
 
     def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
         self.input_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
@@ -33,16 +37,19 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
         self.mlp = GatedMLP(config, dtype=dtype)
 
-    def __call__(self, hidden, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
-        attended, cache = self.self_attn(self.input_layernorm(hidden), rope, cache, metadata)
-        hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), metadata), cache
+    def __call__(
+        self, stream: jax.Array, update: jax.Array, rope: RopeTables, cache: jax.Array, metadata: StepMetadata
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        stream, x = self.input_layernorm.add(stream, update, metadata)
+        update, cache = self.self_attn(x, rope, cache, metadata)
+        stream, x = self.post_attention_layernorm.add(stream, update, metadata)
+        return stream, self.mlp(x, metadata), cache
 
 
 @jax.jit
-def _run_layer(layer, hidden, rope, cache, metadata):
+def _run_layer(layer, stream, update, rope, cache, metadata):
     """A jit of its own, so that layers of one structure are traced once."""
-    return layer(hidden, rope, cache, metadata)
+    return layer(stream, update, rope, cache, metadata)
 
 
 class DecoderStack(nnx.Module):
@@ -92,12 +99,12 @@ class CausalLM(nnx.Module):
         config = self.config
         rope = config.rope.tables(metadata.positions)
         local = rope if config.local_rope == config.rope else config.local_rope.tables(metadata.positions)
-        updated = []
+        stream, updated = jnp.zeros_like(hidden), []
         for layer, cache in zip(self.model.layers, caches, strict=True):
             tables = rope if layer.self_attn.window is None else local
-            hidden, cache = _run_layer(layer, hidden, tables, cache, metadata)
+            stream, hidden, cache = _run_layer(layer, stream, hidden, tables, cache, metadata)
             updated.append(cache)
-        return self.model.norm(hidden), updated
+        return self.model.norm.add(stream, hidden, metadata)[1], updated
 
     def logits(self, hidden: jax.Array, metadata: LinearMetadata) -> jax.Array:
         """[R, embed] normalized hidden rows to float32[R, vocab]."""

@@ -49,11 +49,13 @@ class GemmaLayer(nnx.Module):
         self.mlp = GatedMLP(config, dtype=dtype)
         self.post_feedforward_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
 
-    def __call__(self, hidden, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
-        attended, cache = self.self_attn(self.input_layernorm(hidden), rope, cache, metadata)
-        hidden = hidden + self.post_attention_layernorm(attended)
-        fed = self.mlp(self.pre_feedforward_layernorm(hidden), metadata)
-        return hidden + self.post_feedforward_layernorm(fed), cache
+    def __call__(
+        self, stream: jax.Array, update: jax.Array, rope: RopeTables, cache: jax.Array, metadata: StepMetadata
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        stream, x = self.input_layernorm.add(stream, update, metadata)
+        attended, cache = self.self_attn(x, rope, cache, metadata)
+        stream, x = self.pre_feedforward_layernorm.add(stream, self.post_attention_layernorm(attended), metadata)
+        return stream, self.post_feedforward_layernorm(self.mlp(x, metadata)), cache
 
 
 class Gemma2ForCausalLM(CausalLM):

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
 from jaxllm.models.rope import rotate
+from pallas_kernels.add_rms_norm import add_rms_norm, has_kernel, rms_norm
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
 RopeTables = tuple[jax.Array, jax.Array]
@@ -91,11 +92,12 @@ class RMSNorm(nnx.Module):
         return cls(config.hidden_size, config.rms_norm_eps, dtype=dtype, unit_offset=config.norm_unit_offset)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        if self.unit_offset:
-            return (wide * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
-        return wide.astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], eps=self.eps, unit_offset=self.unit_offset)
+
+    def add(self, x: jax.Array, update: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
+        """(x + update, its norm) of rows [T, H], in one pass where the step's backend has a kernel for it."""
+        backend = metadata.backend if has_kernel(x.shape[1], x.dtype, metadata.backend) else "reference"
+        return add_rms_norm(x, update, self.weight[...], eps=self.eps, unit_offset=self.unit_offset, backend=backend)
 
 
 class Embedding(nnx.Module):

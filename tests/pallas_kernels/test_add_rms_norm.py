@@ -1,0 +1,56 @@
+"""The GPU kernel of residual sum and norm against float32, in interpret mode with race detection."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.add_rms_norm import add_rms_norm, gpu, has_kernel, reference
+
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def _inputs(tokens: int, width: int, scale: float = 1.0):
+    keys = jax.random.split(jax.random.key(tokens + width), 3)
+    x, update = (scale * jax.random.normal(key, (tokens, width), jnp.float32) for key in keys[:2])
+    weight = 1.0 + 0.1 * jax.random.normal(keys[2], (width,), jnp.float32)
+    return tuple(array.astype(jnp.bfloat16) for array in (x, update, weight))
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 4096), (5, 1024), (3, 2304), (2, 16384), (7, 256)])
+def test_kernel_against_float32(tokens, width, unit_offset):
+    x, update, weight = _inputs(tokens, width)
+    total, normed = gpu.add_rms_norm(x, update, weight, eps=1e-5, unit_offset=unit_offset, interpret=INTERPRET)
+    wide = np.asarray(x + update, np.float32)  # the stream is kept in bfloat16, and the norm is of what is kept
+    np.testing.assert_array_equal(np.asarray(total, np.float32), wide)
+    factor = np.asarray(weight, np.float32) + (1.0 if unit_offset else 0.0)
+    expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * factor
+    np.testing.assert_allclose(np.asarray(normed, np.float32), expected, rtol=1.2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
+def test_kernel_equals_reference_at_extremes(scale):
+    x, update, weight = _inputs(4, 512, scale)
+    got = gpu.add_rms_norm(x, update, weight, eps=1e-5, unit_offset=False, interpret=INTERPRET)
+    expected = reference.add_rms_norm(x, update, weight, eps=1e-5, unit_offset=False)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2)
+
+
+def test_a_row_of_nan_stays_alone():
+    x, update, weight = _inputs(3, 256)
+    clean = gpu.add_rms_norm(x, update, weight, eps=1e-5, unit_offset=False, interpret=INTERPRET)[1]
+    dirty = gpu.add_rms_norm(x.at[1].set(jnp.nan), update, weight, eps=1e-5, unit_offset=False, interpret=INTERPRET)[1]
+    np.testing.assert_array_equal(clean[::2], dirty[::2])
+    assert jnp.isnan(dirty[1]).all()
+
+
+def test_what_the_kernel_lacks_is_refused():
+    assert not has_kernel(576 - 64, jnp.float32, "gpu") and not has_kernel(640 + 32, jnp.bfloat16, "gpu")
+    assert not has_kernel(2**15, jnp.bfloat16, "gpu") and has_kernel(7, jnp.float32, "reference")
+    with pytest.raises(ValueError, match="rows of 96 float32 are not supported on GPU"):
+        gpu.add_rms_norm(jnp.ones((1, 96)), jnp.ones((1, 96)), jnp.ones(96), eps=1e-5, unit_offset=False)
+    with pytest.raises(ValueError, match=r"weight \(3,\)"):
+        add_rms_norm(jnp.ones((2, 4)), jnp.ones((2, 4)), jnp.ones(3), eps=1e-5, backend="reference")
