@@ -63,6 +63,8 @@ def ragged_paged_attention(
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key-value heads")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
+    if metadata.decodes_only and metadata.kv_lens.shape[0] != q.shape[0]:
+        raise ValueError(f"decodes_only wants as many tokens as rows, not {q.shape[0]} and {metadata.kv_lens.shape[0]}")
     return _module(backend).ragged_paged_attention(
         q, k, v, cache, metadata, scale=scale, window=window, cap=cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale
     )

@@ -1,8 +1,8 @@
 """Ragged paged attention on Hopper GPUs, in Mosaic GPU (Pallas): TMA page gathers, wgmma, warp specialization.
 
-Three steps: `gpu_write` puts the new keys and values into their pages, in place; `gpu_decode` serves the leading rows
-of one query token, split over the keys; `gpu_prefill` serves all other rows, zeroes the padding, and joins what decode
-split.
+Four steps: `gpu_write` puts the new keys and values into their pages, in place; `gpu_decode` serves the leading rows
+of one query token, split over the keys; `gpu_merge` joins what decode split; `gpu_prefill` serves all other rows and
+zeroes the padding. A batch of decodes only has no prefill: there the merge zeroes the padding.
 """
 
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from . import gpu_decode, gpu_prefill, gpu_write
+from . import gpu_decode, gpu_merge, gpu_prefill, gpu_write
 from .types import AttentionMetadata, CacheSpec
 
 PAGE_SIZES = (16, 32, 64, 128)
@@ -112,15 +112,17 @@ def ragged_paged_attention(
     prefill_config = prefill_config or tuned_prefill(cache.shape[4], group, num_tokens)
     if pad := cache.shape[4] - head_dim:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (q, k, v))
-    least = max(prefill_config.tokens, -(-16 // num_heads))  # a block of queries must fit
-    if num_tokens < least:
-        q = jnp.pad(q, ((0, least - num_tokens), (0, 0), (0, 0)))
+    if not metadata.decodes_only and num_tokens < prefill_config.tokens:  # a block of queries must fit
+        q = jnp.pad(q, ((0, prefill_config.tokens - num_tokens), (0, 0), (0, 0)))
 
     options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret}
     cache = gpu_write.write(cache, k, v, metadata, interpret=interpret)
     flat = q.reshape(-1, q.shape[2])
     out, parts = gpu_decode.decode(flat, cache, metadata, scales, group=group, config=decode_config, **options)
     out_ref = jax.new_ref(out.reshape(q.shape))
-    gpu_prefill.prefill(q, cache, out_ref, parts, metadata, scales, config=prefill_config, **options)
+    clear = metadata.decodes_only
+    gpu_merge.merge(out_ref, parts, metadata.num_rows, group=group, clear=clear, interpret=interpret)
+    if not metadata.decodes_only:
+        gpu_prefill.prefill(q, cache, out_ref, metadata, scales, config=prefill_config, **options)
     out = jax.freeze(out_ref)
     return out[:num_tokens, :, :head_dim], cache

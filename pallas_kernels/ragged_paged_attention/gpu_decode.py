@@ -7,7 +7,6 @@ first rows of a wgmma tile of 64. A pair that several streams share leaves parti
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_common import LOG2E, NO_MAXIMUM, PER_ROW, ROWS, WGMMA, clear_rows, find_pages, rows_of, soft_cap, tiled
+from .gpu_merge import Parts, part_rows
 from .gpu_plan import decode_plan, row_tiles
 from .types import AttentionMetadata
 
@@ -35,67 +35,6 @@ class DecodeConfig:
     slots: int = 4
     consumers: int = 2
     blocks: int = 132
-
-
-class Parts(NamedTuple):
-    """Partial results of the streams, for `merge`.
-
-    Attributes:
-      plan: int32[streams, 5], see `decode_plan`.
-      values: float32[streams, 2 (of the first pair, of the last), query heads a key-value head, head_dim], normalised.
-      lse: like values: the logarithm to base 2 of the sum of exponents, the same in all columns.
-    """
-
-    plan: Any  # arrays outside of kernels, Refs inside
-    values: Any
-    lse: Any
-
-
-def merge(parts: Parts, stream, group: int, num_kv_heads: int, stage, out_ref):
-    """Inside a kernel: joins the parts of the pair that `stream` continues first, if it does; does not await the copy.
-
-    Args:
-      parts: Refs in GMEM.
-      stage: Ref in SMEM, [at least the parts' rows, head_dim] in out's dtype.
-      out_ref: Ref in GMEM, [T, num_heads, head_dim].
-    """
-    _, _, part_rows, head_dim = parts.values.shape
-    chunk = max(1, 32 * 128 // (part_rows * head_dim))
-    elements = part_rows * head_dim // 128  # a thread
-    vector = next(size for size in (4, 2, 1) if elements % size == 0)
-    layout = plgpu.Layout.WG_STRIDED((part_rows, head_dim), vec_size=vector)
-    continuing = parts.plan[stream, 4]
-
-    @pl.when(continuing > 0)
-    def join_parts():
-        pair = parts.plan[stream, 0]
-
-        def join(index, state):
-            total, highest, weight = state
-            values, lses = [], []
-            for i in range(chunk):
-                number = index * chunk + i  # part 0 is the last of the stream before, the others are first ones
-                known = jnp.minimum(number, continuing)
-                source = (stream - 1 + known, jnp.where(known == 0, 1, 0))
-                value, lse = (plgpu.load(ref.at[source], layout=layout) for ref in (parts.values, parts.lse))
-                values.append(value)
-                lses.append(lse + jnp.where(number == known, 0.0, 2 * NO_MAXIMUM))  # past the last: weighs nothing
-            new_highest = functools.reduce(jnp.maximum, lses, highest)
-            alpha = jnp.exp2(highest - new_highest)
-            total, weight = total * alpha, weight * alpha
-            for value, lse in zip(values, lses):
-                beta = jnp.exp2(lse - new_highest)
-                total, weight = total + value * beta, weight + beta
-            return total, new_highest, weight
-
-        zeros = plgpu.layout_cast(jnp.zeros((part_rows, head_dim), jnp.float32), layout)
-        state = (zeros, zeros + NO_MAXIMUM, zeros)
-        total, _, weight = lax.fori_loop(0, lax.div(continuing, chunk) + 1, join, state)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        stage[pl.ds(0, part_rows)] = (total / weight).astype(stage.dtype)
-        plgpu.commit_smem()
-        row, head = lax.div(pair, num_kv_heads), lax.rem(pair, num_kv_heads)
-        plgpu.copy_smem_to_gmem(stage.at[pl.ds(0, group)], out_ref.at[row, pl.ds(head * group, group)])
 
 
 def weighted_sum(weights: jax.Array, values_ref, interpret) -> jax.Array:
@@ -131,7 +70,6 @@ def _decode_body(
     q_stage, q_smem, staging, ring, q_ready, filled, emptied = refs[3:]
     num_kv_heads, head_dim = cache_ref.shape[2], cache_ref.shape[5]
     tile, slots, consumers = config.tile, config.slots, config.consumers
-    q_rows = 8 * pl.cdiv(group, 8)
     columns, half = min(head_dim, 128), min(head_dim, 128) // 2  # of an accumulator and of a stored part
     worker = lax.axis_index("wg")
     block = lax.axis_index("block")
@@ -193,16 +131,14 @@ def _decode_body(
         q_layout = plgpu.Layout.SMEM_GMEM_COPY((copied, head_dim), q_ref.dtype, 128)
 
         def start_query(pair):
-            start = jnp.minimum(pair * group, q_ref.shape[0] - q_rows)
-            target = q_stage.at[worker, pl.ds(0, q_rows)]
-            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(start, q_rows)], target, q_ready.at[worker])
+            target = q_stage.at[worker, pl.ds(0, group)]
+            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(pair * group, group)], target, q_ready.at[worker])
 
         def segment(index, carry):
             pair, offset, left, done, kv_len = carry
             first, tiles = row_tiles(kv_len, tile, window)
             here = jnp.minimum(tiles - offset, left)
             out_row = pair * group
-            q_start = jnp.minimum(out_row, q_ref.shape[0] - q_rows)
             # What the next segment needs is on its way while this one computes.
             next_row = jnp.minimum(lax.div(pair + 1, num_kv_heads), kv_lens_ref.shape[0] - 1)
             next_kv_len = kv_lens_ref[next_row]
@@ -265,7 +201,7 @@ def _decode_body(
                 highest = plgpu.layout_cast(jnp.full((ROWS,), NO_MAXIMUM, jnp.float32), PER_ROW)
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
             else:  # the piece with the first tile counts the sink
-                sink_start = lax.rem(q_start, num_kv_heads * group)
+                sink_start = lax.rem(out_row, num_kv_heads * group)
                 sink = plgpu.load(sinks_ref.at[pl.ds(sink_start, ROWS)], layout=PER_ROW, optimized=False)
                 highest = jnp.maximum(sink * LOG2E + jnp.where(offset == 0, 0.0, 2 * NO_MAXIMUM), NO_MAXIMUM)
                 ones = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), PER_ROW)
@@ -274,7 +210,7 @@ def _decode_body(
 
             inverse = jnp.where(total > 0.0, value_scale / total, 0.0)
             accs = [acc * rows_of(inverse, acc.shape) for acc in accs]
-            rows = pl.ds(out_row - q_start, group)
+            rows = pl.ds(0, group)
             whole = (offset == 0) & (here == tiles)
 
             @pl.when(whole)
@@ -337,7 +273,7 @@ def decode(
     """Attention of the decode rows, but for the pairs that several streams share.
 
     Args:
-      q: [T * num_heads, head_dim], at least 16 rows; row r's token is token r.
+      q: [T * num_heads, head_dim]; row r's token is token r.
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
       group: query heads a key-value head.
       scales: float32[2], what the scores and what the output are multiplied by.
@@ -348,8 +284,7 @@ def decode(
     num_kv_heads, head_dim = cache.shape[2], cache.shape[4]
     streams = config.blocks * config.consumers
     plan = decode_plan(metadata, num_kv_heads, streams, config.tile, window)
-    part_rows = group + (group * head_dim % 128 != 0)  # a register array has a multiple of 128 elements
-    part_type = jax.ShapeDtypeStruct((streams, 2, part_rows, head_dim), jnp.float32)
+    part_type = jax.ShapeDtypeStruct((streams, 2, part_rows(group, head_dim), head_dim), jnp.float32)
     out_types = (jax.ShapeDtypeStruct(q.shape, q.dtype), part_type, part_type)
     ring = config.consumers * config.slots
     q_copied = max(8 * pl.cdiv(group, 8), 8 * 256 // head_dim)  # rows: four warps copy at least a (8, 64) tile each

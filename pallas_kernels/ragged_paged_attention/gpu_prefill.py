@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_common import LOG2E, NO_MAXIMUM, PER_ROW, ROWS, WGMMA, clear_rows, find_pages, rows_of, soft_cap, tiled
-from .gpu_decode import Parts, merge
 from .gpu_plan import prefill_plan
 from .types import AttentionMetadata
 
@@ -76,7 +75,6 @@ def _tile_range(position, count, tile: int, tokens: int, window: int | None):
 
 
 def _prefill_body(
-    parts,
     plan_ref, totals_ref, table_ref, scales_ref, sinks_ref, q_ref, cache_ref, out_ref,
     q_stage, q_smem, out_stage, ring, q_filled, q_emptied, filled, emptied, turn,
     *, config: PrefillConfig, window: int | None, cap: float | None, interpret,
@@ -260,14 +258,6 @@ def _prefill_body(
 
             return tiles
 
-        streams = parts.plan.shape[0]
-        workers = config.blocks * consumers
-        for first in range(0, streams, workers):
-            stream = first + lax.axis_index("block") * consumers + worker
-            group = num_heads // num_kv_heads
-            last = streams - 1
-            merge_one = functools.partial(merge, parts, stream, group, num_kv_heads, stage, out_ref)
-            pl.when(stream <= last)(merge_one)
         if consumers == 2:
             pl.when(worker == 1)(take_turn)
         for_each_item(item, jnp.int32(0))
@@ -300,7 +290,6 @@ def prefill(
     q: jax.Array,
     cache: jax.Array,
     out_ref,
-    parts: Parts,
     metadata: AttentionMetadata,
     scales: jax.Array,
     *,
@@ -310,15 +299,12 @@ def prefill(
     config: PrefillConfig,
     interpret=False,
 ) -> None:
-    """Attention of the rows that are no decode rows, zeros for the padding tokens, and the merge of decode's parts.
-
-    The merge is here, not in a kernel of its own, because a launch costs as much as the merge.
+    """Attention of the rows that are no decode rows, and zeros for the padding tokens.
 
     Args:
       q: [T, num_heads, head_dim], T at least 64 // config.pack.
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
       out_ref: Ref like q, which holds what `decode` wrote.
-      parts: what `decode` left.
       scales: float32[2], what the scores and what the output are multiplied by.
     """
     num_heads, head_dim = q.shape[1:]
@@ -338,15 +324,15 @@ def prefill(
         plgpu.Barrier(num_barriers=config.slots, num_arrivals=consumers),
         plgpu.Barrier(num_arrivals=consumers),
     )
-    operands = [*parts, plan, totals, metadata.page_tables, scales]
+    operands = [plan, totals, metadata.page_tables, scales]
     if sinks is not None:  # one value a row of a row tile
         operands.append(jnp.repeat(sinks.astype(jnp.float32), config.tokens))
 
     def body(*refs):
-        known = refs[3:8] if sinks is not None else (*refs[3:7], None)
+        known = refs[:5] if sinks is not None else (*refs[:4], None)
         rest = refs[len(operands) :]
         options: dict[str, Any] = {"config": config, "window": window, "cap": cap, "interpret": bool(interpret)}
-        _prefill_body(Parts(*refs[:3]), *known, *rest, **options)
+        _prefill_body(*known, *rest, **options)
 
     plgpu.kernel(
         body,

@@ -8,6 +8,7 @@ machine's own copy and matrix-product rates.
 """
 
 import argparse
+import dataclasses
 import functools
 import time
 
@@ -21,7 +22,9 @@ from .types import AttentionMetadata
 LAYERS = 32
 
 
-def make_metadata(rng, rows, *, page_size, num_pages, tokens, max_rows, table_width=None) -> AttentionMetadata:
+def make_metadata(
+    rng, rows, *, page_size, num_pages, tokens, max_rows, table_width=None, decodes_only=False
+) -> AttentionMetadata:
     """Metadata of `rows`, a list of (query tokens, keys), one-token rows first, over pages drawn at random."""
     rows = sorted(rows, key=lambda row: row[0] != 1)
     widths = [-(-keys // page_size) for _, keys in rows]
@@ -45,20 +48,23 @@ def make_metadata(rng, rows, *, page_size, num_pages, tokens, max_rows, table_wi
     starts[len(rows) + 1 :] = at
     decodes = sum(queries == 1 for queries, _ in rows)
     arrays = (positions, row_ids, starts, kv_lens, tables, slots, np.int32(len(rows)), np.int32(decodes))
-    return AttentionMetadata(*map(jnp.asarray, arrays))
+    made = AttentionMetadata(*map(jnp.asarray, arrays))
+    return dataclasses.replace(made, decodes_only=decodes_only)
 
 
 def make_case(
-    seed, rows, *, heads, kv_heads, head_dim, page_size, tokens=None, max_rows=None, table_width=None, window=None
-):
+    seed, rows, *, heads, kv_heads, head_dim, page_size, tokens=None, max_rows=None, table_width=None, window=None,
+    decodes_only=False,
+):  # fmt: skip
     """(q, k, v, cache, metadata) in bfloat16 with NaN in everything that no query may see."""
     rng = np.random.default_rng(seed)
     tokens = tokens or max(1, sum(queries for queries, _ in rows))
-    max_rows = max_rows or len(rows) + 1
+    max_rows = max_rows or (tokens if decodes_only else len(rows) + 1)
     num_pages = sum(-(-keys // page_size) for _, keys in rows) + 3
     metadata = make_metadata(
-        rng, rows, page_size=page_size, num_pages=num_pages, tokens=tokens, max_rows=max_rows, table_width=table_width
-    )
+        rng, rows, page_size=page_size, num_pages=num_pages, tokens=tokens, max_rows=max_rows,
+        table_width=table_width, decodes_only=decodes_only,
+    )  # fmt: skip
     cache = np.full((num_pages, 2, kv_heads, page_size, head_dim), np.nan, np.float32)
     tables = np.array(metadata.page_tables)
     starts = np.asarray(metadata.query_starts)
@@ -72,9 +78,10 @@ def make_case(
             used = min(page_size, int(keys) - number * page_size)
             content = rng.standard_normal((2, kv_heads, used, head_dim))
             cache[tables[row, number], :, :, :used] = content
-    metadata = AttentionMetadata(**{**vars(metadata), "page_tables": jnp.asarray(tables)})
+    metadata = dataclasses.replace(metadata, page_tables=jnp.asarray(tables))
     q = rng.standard_normal((tokens, heads, head_dim))
     k, v = rng.standard_normal((2, tokens, kv_heads, head_dim))
+    q[starts[-1] :] = k[starts[-1] :] = v[starts[-1] :] = np.nan
     return *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, cache)), metadata
 
 

@@ -25,6 +25,8 @@ class AttentionMetadata:
         into page 0, the dummy page, which no row reads.
       num_rows: int32[], how many rows are real.
       num_decodes: int32[], how many leading rows have exactly one query token.
+      decodes_only: static. True promises that every real row has exactly one query token: row r's token is token r,
+        T equals S, and `num_decodes` equals `num_rows`. A backend may then leave out all that longer rows need.
     """
 
     positions: jax.Array
@@ -35,6 +37,7 @@ class AttentionMetadata:
     write_slots: jax.Array
     num_rows: jax.Array
     num_decodes: jax.Array
+    decodes_only: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

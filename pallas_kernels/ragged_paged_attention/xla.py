@@ -152,7 +152,7 @@ def ragged_paged_attention(
 
     num_rows = min(tokens, metadata.kv_lens.shape[0])  # decode rows stand first: row r's query is token r
     out = _decode(queries[:num_rows], cache, metadata, window=window, cap=cap, sinks=grouped)
-    if tokens > 1:
+    if tokens > 1 and not metadata.decodes_only:
         token = jnp.arange(tokens)[:, None, None, None]
         longer = _prefill(queries, cache, metadata, window=window, cap=cap, sinks=grouped)
         decoded = jnp.pad(out, ((0, tokens - num_rows), (0, 0), (0, 0), (0, 0)))

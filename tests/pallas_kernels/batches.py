@@ -9,7 +9,12 @@ from pallas_kernels.ragged_paged_attention import AttentionMetadata, CacheSpec, 
 
 
 def metadata(
-    starts: list[int], lengths: list[int], page_tables: np.ndarray, page_size: int, num_tokens: int
+    starts: list[int],
+    lengths: list[int],
+    page_tables: np.ndarray,
+    page_size: int,
+    num_tokens: int,
+    decodes_only: bool = False,
 ) -> AttentionMetadata:
     """Rows whose tokens `starts[r]`, …, `starts[r] + lengths[r] - 1` are computed now; those of one token stand first.
 
@@ -45,6 +50,7 @@ def metadata(
         write_slots=jnp.asarray(write_slots),
         num_rows=jnp.int32(num_rows),
         num_decodes=jnp.int32(sum(is_one)),
+        decodes_only=decodes_only,
     )
 
 
@@ -88,6 +94,7 @@ class Case:
     sinks: bool = False
     scales: bool = False
     padding: int = 3  # tokens and rows beyond the real ones
+    decodes_only: bool = False
     width: int | None = None  # of the page tables; None: what the longest row needs and two more
     seed: int = 0
 
@@ -129,7 +136,8 @@ class Case:
             options["sinks"] = jnp.asarray(rng.standard_normal(self.num_heads), jnp.float32)
         if self.scales:
             options |= {"k_scale": jnp.float32(scales[0]), "v_scale": jnp.float32(scales[1])}
-        return q, keys, values, k, v, cache, metadata(starts, lengths, released, self.page_size, num_tokens), options
+        made = metadata(starts, lengths, released, self.page_size, num_tokens, self.decodes_only)
+        return q, keys, values, k, v, cache, made, options
 
 
 def dense(case: Case, q: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray], options: dict) -> np.ndarray:

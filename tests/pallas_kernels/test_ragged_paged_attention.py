@@ -1,5 +1,6 @@
 """The reference and the XLA path of ragged paged attention against a dense float64 computation, and what they cost."""
 
+import dataclasses
 import functools
 import re
 
@@ -26,6 +27,11 @@ CASES = {
     "one token": Case(((1, 1),), padding=0),
     "one token of many": Case(((1, 130),), padding=0),
     "decodes only": Case(((1, 5), (1, 90), (1, 16), (1, 17))),
+    "decodes only, promised": Case(((1, 5), (1, 90), (1, 16), (1, 17)), decodes_only=True),
+    "decodes only, all at once": Case(
+        ((1, 5), (1, 90), (1, 16)), window=20, cap=2.0, sinks=True, scales=True, decodes_only=True
+    ),
+    "no rows, promised": Case((), decodes_only=True),
     "prefills only": Case(((16, 16), (5, 37), (21, 21))),
     "one long prefill": Case(((200, 200),), num_heads=2, num_kv_heads=1, padding=0),
     "chunk after a long prefix": Case(((20, 600),), num_heads=2, num_kv_heads=1),
@@ -154,6 +160,7 @@ def test_cost_follows_the_contexts_present(count_chunks):
     assert count_chunks(Case(((10, 700),), width=wide, window=30)) <= 1
     assert count_chunks(Case(((1, 40), (100, 100), (10, 700)), width=wide)) == 3 + 1 + 3
     assert count_chunks(Case((), width=wide)) == 0
+    assert count_chunks(Case(((1, 40), (1, 20)), width=wide, decodes_only=True)) == 3
 
 
 @pytest.mark.parametrize("tokens", [4, 300])
@@ -196,5 +203,8 @@ def test_checks():
         call(q[:, :3], k, v, **options)
     with pytest.raises(ValueError, match="window"):
         call(q, k, v, **(options | {"window": 0}))
+    promise = dataclasses.replace(metadata, decodes_only=True)
+    with pytest.raises(ValueError, match="decodes_only"):
+        ragged_paged_attention(q[:2], k[:2], v[:2], cache, promise, backend="xla", **options)
     with pytest.raises(ValueError, match=", ".join(BACKENDS)):
         ragged_paged_attention(q, k, v, cache, metadata, **(options | {"backend": "cuda"}))

@@ -19,7 +19,7 @@ INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
 def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=64, sinks=False, blocks=2, **options):
-    shape = {key: options.pop(key) for key in ("tokens", "max_rows", "table_width") if key in options}
+    shape = {key: options.pop(key) for key in ("tokens", "max_rows", "table_width", "decodes_only") if key in options}
     pack = options.pop("pack", 1)
     args = make_case(
         0,
@@ -78,6 +78,22 @@ def test_head_dim_96_is_padded():
     assert relative_error(out, expected) < 1e-2
 
 
+def test_decodes_only_with_padding(capfd):
+    """More rows than streams and fewer: pairs that are cut and pairs that are not; padding comes out as zeros."""
+    run_and_compare(capfd, [(1, 150), (1, 1), (1, 64), (1, 700)], kv_heads=2, heads=4, tokens=6, decodes_only=True)
+    run_and_compare(capfd, [(1, 65)], tokens=1, blocks=3, decodes_only=True)
+
+
+def test_decodes_only_with_everything(capfd):
+    options = {"window": 33, "cap": 5.0, "sinks": True, "k_scale": jnp.float32(0.5), "v_scale": jnp.float32(3.0)}
+    rows = [(1, 150), (1, 20), (1, 97)]
+    run_and_compare(capfd, rows, heads=7, page_size=16, tokens=5, decodes_only=True, **options)
+
+
+def test_decodes_only_without_rows(capfd):
+    run_and_compare(capfd, [], tokens=2, table_width=1, decodes_only=True)
+
+
 def test_empty_batch_gives_zeros(capfd):
     run_and_compare(capfd, [], tokens=64, max_rows=2, table_width=1)
 
@@ -103,15 +119,17 @@ def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
 
 
 @pytest.mark.parametrize("head_dim,heads,kv_heads,page_size", [(128, 32, 8, 64), (64, 14, 2, 16), (256, 8, 4, 128)])
-def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size):
-    args = make_case(
-        0, [(1, 70), (5, 9)], heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, tokens=64
-    )
+@pytest.mark.parametrize("decodes_only", [False, True])
+def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, decodes_only):
+    rows, tokens = ([(1, 70)], 1) if decodes_only else ([(1, 70), (5, 9)], 64)
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
+    args = make_case(0, rows, tokens=tokens, decodes_only=decodes_only, **shape)
     run = functools.partial(
         gpu.ragged_paged_attention, scale=0.1, window=40, cap=20.0, sinks=jnp.zeros(heads, jnp.float32)
     )
     text = jax.jit(run, donate_argnums=3).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "tf.aliasing_output = 1" in text  # the donated cache
+    assert ("ragged_paged_prefill" in text) != decodes_only
 
 
 def test_refuses_what_it_lacks():
