@@ -32,6 +32,9 @@ class EngineConfig:
     max_num_seqs: int | None = _option(None, "requests that run at once; None: 32 on CPU, 256 elsewhere")
     max_num_batched_tokens: int | None = _option(None, "token budget of a step; None: 1024 on CPU, 8192 elsewhere")
     token_rungs: tuple[int, ...] | None = _option(None, "compiled step sizes; None: powers of two up to the budget")
+    decode_rungs: tuple[int, ...] | None = _option(
+        None, "compiled sizes of steps whose rows all have one token; None: a ladder up to max_num_seqs, none on CPU"
+    )
     page_size: int = _option(64, "tokens in a page of the KV cache")
     memory_utilization: float = _option(0.9, "share of an accelerator's memory that weights, cache and steps may take")
     kv_cache_memory_bytes: int | None = _option(
@@ -85,11 +88,13 @@ class EngineConfig:
         need(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "must be 'fcfs' or 'priority'")
         backends = "must be None, 'reference', 'xla' or 'gpu'"
         need(self.attention_backend in (None, "reference", "xla", "gpu"), "attention_backend", backends)
-        rungs = self.token_rungs
-        if rungs is not None:
-            listed = isinstance(rungs, list | tuple) and all(_whole(rung) for rung in rungs)
-            need(listed, "token_rungs", "must be None or integers of at least 1")
-            self.token_rungs = tuple(rungs)
+        for field in ("token_rungs", "decode_rungs"):
+            rungs = getattr(self, field)
+            if rungs is not None:
+                listed = isinstance(rungs, list | tuple) and all(_whole(rung) for rung in rungs)
+                need(listed, field, "must be None or integers of at least 1")
+                need(list(rungs) == sorted(set(rungs)), field, "must be ascending")
+                setattr(self, field, tuple(rungs))
 
     @property
     def cache_directory(self) -> Path:

@@ -24,9 +24,10 @@ MANY_UPDATES = 1024  # page updates of the executable that takes what a step has
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A step's forward pass over a rung of tokens."""
+    """A step's forward pass over a rung of tokens; `decodes_only`: each row has one."""
 
     num_tokens: int
+    decodes_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Lowering:
     def _forward(self, key: Forward):
         packed = self.per_rank((self.shape.layout.fixed + key.num_tokens,), jnp.int32)
         run = self._sharded(
-            functools.partial(forward, self.shape),
+            functools.partial(forward, self.shape, key.decodes_only),
             (P(), P(DATA), P(DATA), P(DATA), P(DATA)),
             (P(DATA), P(DATA), P(DATA), P(DATA), P(DATA)),
             donate=(1, 2),
@@ -177,13 +178,19 @@ class Lowering:
         return run.lower(self.leaves, self.hidden(key.num_hidden), rows, rows)
 
 
+def smallest_decode(plan: EnginePlan) -> Forward:
+    """The step that a single running request takes."""
+    return Forward(plan.decode_rungs[0], True) if plan.decode_rungs else Forward(plan.scheduler.token_rungs[0])
+
+
 def warm_up_order(plan: EnginePlan) -> list[Any]:
     """Everything that serving may meet but `Wide`, most needed first."""
     rungs = plan.scheduler.token_rungs
     rows = row_rungs(plan.scheduler.max_num_seqs)
-    keys: list[Any] = [Forward(rungs[0])]
+    keys: list[Any] = [smallest_decode(plan)]
     keys += [Sample(rows[0], variant) for variant in VARIANTS]  # small, and all that single requests need
-    keys += [Forward(rung) for rung in reversed(rungs)]
+    steps = [Forward(rung) for rung in rungs] + [Forward(rung, True) for rung in plan.decode_rungs]
+    keys += sorted(steps, key=lambda step: (-step.num_tokens, step.decodes_only))
     keys += [Sample(count, variant) for variant in VARIANTS for count in reversed(rows)]
     keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages()]
     return list(dict.fromkeys(keys))

@@ -30,6 +30,7 @@ class EnginePlan:
       dtype: of weights, activations and cache.
       backend: the attention backend.
       scheduler: limits of each rank's scheduler.
+      decode_rungs: sizes of steps of decodes only, ascending; none beyond the number of slots.
       groups: the cache groups, in the model's order.
       layers: what each layer keeps, in order.
       weight_bytes, cache_bytes: a device's share.
@@ -38,6 +39,7 @@ class EnginePlan:
     dtype: jnp.dtype
     backend: str
     scheduler: SchedulerConfig
+    decode_rungs: tuple[int, ...]
     groups: tuple[CacheGroup, ...]
     layers: tuple[LayerCache, ...]
     weight_bytes: int
@@ -86,11 +88,25 @@ def resolve_backend(config: EngineConfig) -> str:
 
 def default_rungs(budget: int, on_cpu: bool) -> tuple[int, ...]:
     """Step sizes worth an executable each: powers of two, as the scheduler cuts chunks to land on one. Of the small
-    ones only some, since a small step's time is that of reading the weights; on accelerators one more where decodes of
-    many requests come to lie."""
-    between = (1, 4, 16) if on_cpu else (1, 8, 192)
-    powers = [2**i for i in range(5, budget.bit_length())]
-    return tuple(sorted({size for size in (*between, *powers) if size < budget} | {budget}))
+    ones only some, since a small step's time is that of reading the weights; none below 64 where decodes have rungs of
+    their own."""
+    small = (1, 4, 16, 32) if on_cpu else ()
+    powers = [2**i for i in range(6, budget.bit_length())]
+    return tuple(sorted({size for size in (*small, *powers) if size < budget} | {budget}))
+
+
+def decode_rungs(config: EngineConfig, max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
+    """Sizes of steps in which every row has one token: what running requests need while no prompt is computed.
+
+    Raises:
+      ConfigError: one is larger than the number of slots.
+    """
+    if config.decode_rungs is None:
+        ladder = () if on_cpu else (1, 8, 32, 64, 128, 192, max_num_seqs)
+        return tuple(sorted({size for size in ladder if size <= max_num_seqs}))
+    if config.decode_rungs and config.decode_rungs[-1] > max_num_seqs:
+        raise ConfigError(f"decode_rungs={config.decode_rungs}: the last may be max_num_seqs={max_num_seqs} at most")
+    return config.decode_rungs
 
 
 def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
@@ -126,7 +142,8 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
         max_waiting_requests=config.max_waiting_requests,
         max_waiting_tokens=config.max_waiting_tokens,
     )
-    plan = EnginePlan(dtype, backend, scheduler, groups, layers, weight_bytes, cache_bytes)
+    decodes = decode_rungs(config, max_num_seqs, on_cpu)
+    plan = EnginePlan(dtype, backend, scheduler, decodes, groups, layers, weight_bytes, cache_bytes)
     _check_longest_fits(plan)
     if on_cpu:
         _check_host_memory(config, plan, model.config.vocab_size)

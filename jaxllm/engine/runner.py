@@ -143,8 +143,7 @@ class Runner:
             if batch is not None:
                 self._admit(rank, batch, bad_words)
         self._send_excess_updates(batches)
-        most_tokens = max(batch.num_tokens for batch in batches if batch is not None)
-        forward = self._forward_key(most_tokens)
+        forward = self._forward_key(batches)
         packed = np.concatenate(
             [self.layout.pack(batch, forward.num_tokens, self._params[rank]) for rank, batch in enumerate(batches)]
         )
@@ -163,9 +162,12 @@ class Runner:
         wide = self._launch_wide(batches, last_hidden, hidden, output, sample.num_rows, forward.num_tokens)
         return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide)
 
-    def _forward_key(self, num_tokens: int) -> Forward:
-        rungs = self.plan.scheduler.token_rungs
-        return self.executables.first_ready([Forward(rung) for rung in rungs if rung >= num_tokens])
+    def _forward_key(self, batches: Sequence[Batch | None]) -> Forward:
+        num_tokens = max(batch.num_tokens for batch in batches if batch is not None)
+        keys = [Forward(rung) for rung in self.plan.scheduler.token_rungs if rung >= num_tokens]
+        if all(batch.num_tokens == len(batch.rows) for batch in batches if batch is not None):
+            keys = [Forward(rung, True) for rung in self.plan.decode_rungs if rung >= num_tokens] + keys
+        return self.executables.first_ready(keys)
 
     def _sample_key(self, batches: Sequence[Batch | None]) -> Sample:
         num_rows = max(len(batch.rows) for batch in batches if batch is not None)

@@ -55,16 +55,25 @@ def apply_page_updates(page_tables: tuple[jax.Array, ...], updates: jax.Array) -
 
 
 def attention_metadata(
-    unpacked: Unpacked, starts: jax.Array, lengths: jax.Array, page_tables: tuple[jax.Array, ...], page_size: int
+    unpacked: Unpacked,
+    starts: jax.Array,
+    lengths: jax.Array,
+    page_tables: tuple[jax.Array, ...],
+    page_size: int,
+    decodes_only: bool,
 ) -> tuple[AttentionMetadata, ...]:
     """Everything that attention needs, derived from each row's slot, start and length. starts, lengths: int32[S']."""
     num_rows, num_tokens = starts.shape[0], unpacked.token_ids.shape[0]
-    query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    row_ids = jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all").astype(jnp.int32)
-    row_ids = jnp.minimum(row_ids, num_rows - 1)
     is_real = token < unpacked.num_tokens
-    positions = jnp.where(is_real, starts[row_ids] + token - query_starts[row_ids], 0)
+    if decodes_only:
+        query_starts = jnp.minimum(jnp.arange(num_rows + 1, dtype=jnp.int32), unpacked.num_rows)
+        row_ids, positions = token, jnp.where(is_real, starts, 0)
+    else:
+        query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
+        row_ids = jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all").astype(jnp.int32)
+        row_ids = jnp.minimum(row_ids, num_rows - 1)
+        positions = jnp.where(is_real, starts[row_ids] + token - query_starts[row_ids], 0)
     slots = unpacked.rows[:num_rows, SLOT]
     groups = []
     for table in page_tables:
@@ -81,6 +90,7 @@ def attention_metadata(
                 write_slots=write_slots,
                 num_rows=unpacked.num_rows,
                 num_decodes=unpacked.num_decodes,
+                decodes_only=decodes_only,
             )
         )
     return tuple(groups)
@@ -88,6 +98,7 @@ def attention_metadata(
 
 def forward(
     shape: StepShape,
+    decodes_only: bool,
     leaves: list[jax.Array],
     caches: list[jax.Array],
     state: SlotState,
@@ -97,6 +108,7 @@ def forward(
     """Computes a batch's tokens into the caches.
 
     Args:
+      decodes_only: static; True promises that every row has one token.
       leaves: the model's parameters.
       caches: one array a layer (donated).
       state: the slots' state (donated).
@@ -118,15 +130,17 @@ def forward(
     num_computed = state.num_computed.at[slots].set(ends, mode="drop")
 
     num_rows = min(num_slots, num_tokens)
-    attention = attention_metadata(unpacked, starts[:num_rows], lengths[:num_rows], page_tables, shape.page_size)
+    attention = attention_metadata(
+        unpacked, starts[:num_rows], lengths[:num_rows], page_tables, shape.page_size, decodes_only
+    )
     positions, row_ids = attention[0].positions, attention[0].row_ids
     sampled = history.at[slots[row_ids], positions].get(mode="clip")
     token_ids = jnp.where(unpacked.token_ids < 0, sampled, unpacked.token_ids)
     model = shape.model(leaves)
     hidden, caches = model(token_ids, caches, StepMetadata(attention, LinearMetadata(), shape.backend))
 
-    last = jnp.maximum(attention[0].query_starts[1:] - 1, 0)
-    last_hidden = jnp.pad(hidden[last], ((0, num_slots - num_rows), (0, 0)))
+    last = hidden if decodes_only else hidden[jnp.maximum(attention[0].query_starts[1:] - 1, 0)]
+    last_hidden = jnp.pad(last, ((0, num_slots - num_rows), (0, 0)))
     rows = unpacked.rows.at[:, POSITION].set(ends)
     return caches, SlotState(num_computed, page_tables), rows, last_hidden, hidden
 

@@ -48,7 +48,7 @@ def make_metadata(
     starts[len(rows) + 1 :] = at
     decodes = sum(queries == 1 for queries, _ in rows)
     arrays = (positions, row_ids, starts, kv_lens, tables, slots, np.int32(len(rows)), np.int32(decodes))
-    made = AttentionMetadata(*map(jnp.asarray, arrays))
+    made = AttentionMetadata(*map(jnp.asarray, arrays))  # type: ignore[arg-type]
     return dataclasses.replace(made, decodes_only=decodes_only)
 
 

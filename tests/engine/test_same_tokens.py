@@ -7,6 +7,7 @@ import pytest
 
 from jaxllm import LLM, RequestOutput, SamplingParams
 from jaxllm.core.seeds import derive_seed
+from jaxllm.engine.executables import Forward
 from tests.engine import tiny
 
 KINDS = ("llama", "mistral", "gemma2")
@@ -66,6 +67,15 @@ def test_in_a_batch_of_32(kind, engine, truth):
     assert_same(run(engine(kind), work, cache_salt="batch"), alone)
     again = [31 - i for i in range(32)]  # other neighbours, other slots
     assert_same(run(engine(kind), [work[i] for i in again], cache_salt="reversed"), [alone[i] for i in again])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_steps_of_decodes_only(kind, engine, truth):
+    work, alone = truth(kind)
+    llm = engine(kind, decode_rungs=(1, 8, 32))
+    assert_same(run(llm, work, cache_salt="decodes"), alone)
+    ready = [key for key in llm._client._core.runner.executables._futures if isinstance(key, Forward)]
+    assert any(key.decodes_only for key in ready) and any(not key.decodes_only for key in ready)
 
 
 @pytest.mark.parametrize("kind", KINDS)
