@@ -9,7 +9,7 @@ Each parameter says in its metadata where it comes from and how it may be sharde
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,11 @@ from flax import nnx
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
 from jaxllm.models.rope import rotate
-from pallas_kernels.add_rms_norm import add_rms_norm, has_kernel, rms_norm
+from pallas_kernels import add_rms_norm as norms
+from pallas_kernels import gated_matmul as gating
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
 RopeTables = tuple[jax.Array, jax.Array]
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
 
 
 def parameter(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], **metadata) -> nnx.Param:
@@ -70,6 +65,14 @@ def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata) -> jax.Array:
     return y if weight.bias is None else y + weight.bias[...]
 
 
+def gated(x: jax.Array, weight: Linear, activation: str, metadata: StepMetadata) -> jax.Array:
+    """act(gate(x)) * up(x) of a fused projection [in, 2 out]: [T, in] to [T, out]; one kernel where there is one."""
+    if weight.bias is None and gating.has_kernel(x, weight.kernel[...], activation, metadata.backend):
+        return gating.gated_matmul(x, weight.kernel[...], activation=activation, backend=metadata.backend)
+    gate, up = split(linear(x, weight, metadata.linear), weight)
+    return gating.ACTIVATIONS[activation](gate) * up
+
+
 def split(y: jax.Array, weight: Linear) -> list[jax.Array]:
     """The logical slices of a fused projection's output."""
     starts = [sum(weight.slices[:i]) for i in range(len(weight.slices))]
@@ -92,12 +95,14 @@ class RMSNorm(nnx.Module):
         return cls(config.hidden_size, config.rms_norm_eps, dtype=dtype, unit_offset=config.norm_unit_offset)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], eps=self.eps, unit_offset=self.unit_offset)
+        return norms.rms_norm(x, self.weight[...], eps=self.eps, unit_offset=self.unit_offset)
 
     def add(self, x: jax.Array, update: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
         """(x + update, its norm) of rows [T, H], in one pass where the step's backend has a kernel for it."""
-        backend = metadata.backend if has_kernel(x.shape[1], x.dtype, metadata.backend) else "reference"
-        return add_rms_norm(x, update, self.weight[...], eps=self.eps, unit_offset=self.unit_offset, backend=backend)
+        backend = metadata.backend if norms.has_kernel(x.shape[1], x.dtype, metadata.backend) else "reference"
+        return norms.add_rms_norm(
+            x, update, self.weight[...], eps=self.eps, unit_offset=self.unit_offset, backend=backend
+        )
 
 
 class Embedding(nnx.Module):
@@ -180,5 +185,4 @@ class GatedMLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, metadata: StepMetadata) -> jax.Array:
-        gate, up = split(linear(x, self.gate_up_proj, metadata.linear), self.gate_up_proj)
-        return linear(ACTIVATIONS[self.activation](gate) * up, self.down_proj, metadata.linear)
+        return linear(gated(x, self.gate_up_proj, self.activation, metadata), self.down_proj, metadata.linear)

@@ -1,0 +1,38 @@
+"""The signature of the gated projection, and the choice of a backend."""
+
+import importlib
+
+import jax
+
+BACKENDS = ("reference", "gpu")
+
+
+def has_kernel(x: jax.Array, weight: jax.Array, activation: str, backend: str) -> bool:
+    """Whether `backend` has a kernel for these shapes that is worth it; "reference" takes all."""
+    if backend != "gpu":
+        return backend == "reference"
+    from . import gpu  # Pallas takes time to import
+
+    return gpu.supports(x, weight, activation, gpu.GatedConfig())
+
+
+def gated_matmul(x: jax.Array, weight: jax.Array, *, activation: str, backend: str) -> jax.Array:
+    """act(x @ gate) * (x @ up), gate and up being the halves of one weight (Shazeer, 2020).
+
+    Args:
+      x: [T, K].
+      weight: [K, 2 N], the gate's N columns before up's.
+      activation: a name of ACTIVATIONS.
+      backend: one of BACKENDS.
+
+    Returns:
+      [T, N] in x's dtype.
+
+    Raises:
+      ValueError: shapes that do not fit, or what the backend lacks.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] % 2:
+        raise ValueError(f"x {x.shape} must be [T, K] and weight {weight.shape} [K, 2 N]")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; the backends are {', '.join(BACKENDS)}")
+    return importlib.import_module(f".{backend}", __package__).gated_matmul(x, weight, activation=activation)
