@@ -45,7 +45,6 @@ class EngineCore:
         self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}
         self._previous: Launched | None = None
         self._outbox: list[SequenceOutput | UtilityResult] = []
-        self._begun: set[str] = set()  # requests whose first output, which says more than others, has gone out
         self._ids: list[str] = []  # see StepOutputs
         self._tokens: list[int] = []
         self._warm_up = warm_up
@@ -120,7 +119,6 @@ class EngineCore:
         self._rank_of.pop(request_id, None)
         self._bad_words.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
-        self._begun.discard(request_id)
 
     def _call(self, message: Utility) -> UtilityResult:
         try:
@@ -196,16 +194,13 @@ class EngineCore:
                 else:
                     by_id[request.id] = detail
                     self._collect(request, detail)
-            for update in scheduler.finish(batch, result.tokens):
-                request_id, new = update.request.id, update.new_tokens
-                if len(new) == 1 and request_id in self._begun and request_id not in by_id and not update.ended:
-                    self._ids.append(request_id)
-                    self._tokens.append(new[0])
-                    continue
-                self._begun.add(request_id)
-                self._outbox.append(self._output(update, by_id.get(request_id)))
+            progress = scheduler.finish(batch, result.tokens)
+            self._ids += [request.id for request in progress.requests]
+            self._tokens += progress.tokens
+            for update in progress.updates:
+                self._outbox.append(self._output(update, by_id.get(update.request.id)))
                 if update.ended:
-                    self._forget(request_id)
+                    self._forget(update.request.id)
 
     def _fail(self, request_id: str, scheduler: Scheduler) -> None:
         scheduler.finish_request(request_id, Status.ERROR)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine import heap
 from jaxllm.engine.messages import Dead, decode, encode
 
 
@@ -36,6 +37,7 @@ def serve(connection: Connection) -> None:
     from jaxllm.engine.build import build_core
 
     core = build_core(config)
+    heap.freeze()
     connection.send_bytes(encode(core.ready()))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
