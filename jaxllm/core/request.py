@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING
 
+from jaxllm.core.prefix import PageNames
 from jaxllm.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Request:
       capacity: tokens that its pages have room for.
       commit_at: computed tokens at which its next page is full.
       pages: its page tables.
+      names: of its prompt's pages, if they were made at arrival.
     """
 
     id: str
@@ -86,6 +88,7 @@ class Request:
     capacity: int = 0
     commit_at: int = 0
     pages: "SequencePages | None" = None
+    names: PageNames | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 pending = launch(schedule()); finish(previous); previous = pending
 """
 
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -26,6 +27,14 @@ from jaxllm.engine.runner import Launched, RowDetail, Runner, TokenLogprobs
 from jaxllm.errors import InvalidRequestError, QueueFullError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class Arrival:
+    """A request made ready for the scheduler outside the loop over steps, see `EngineCore.prepare`."""
+
+    message: AddRequest
+    request: Request
 
 
 class EngineCore:
@@ -57,11 +66,22 @@ class EngineCore:
         tokens = min((group.num_pages - 1) * group.page_size for group in plan.groups)
         return Ready(plan.scheduler.max_model_len, self.runner.vocab_size, plan.scheduler.max_num_seqs, tokens)
 
-    def handle(self, message: ToCore) -> None:
+    def prepare(self, message: ToCore) -> ToCore | Arrival:
+        """What of `handle` needs no order and may be done on another thread, while a step runs: hashing a prompt."""
+        if not isinstance(message, AddRequest):
+            return message
+        arrival = Arrival(message, _request(message))
+        self.schedulers[0].kv_cache.name_pages(arrival.request)  # the same in every rank's cache
+        return arrival
+
+    def handle(self, message: ToCore | Arrival) -> None:
         """Takes one message in; answers and refusals come with the next `step`."""
         if isinstance(message, AddRequest):
+            message = Arrival(message, _request(message))
+        if isinstance(message, Arrival):
+            request, message = message.request, message.message
             try:
-                self._add(message)
+                self._add(message, request)
             except InvalidRequestError as error:
                 refused = (error.field, repr(error.value), error.limit)
                 output = SequenceOutput(message.id, [], finish_reason="error", error=str(error), refused=refused)
@@ -76,21 +96,7 @@ class EngineCore:
         else:
             self._outbox.append(self._call(message))
 
-    def _add(self, message: AddRequest) -> None:
-        request = Request(
-            id=message.id,
-            tokens=message.prompt_token_ids + message.output_token_ids,
-            num_prompt_tokens=len(message.prompt_token_ids),
-            params=message.params,
-            max_tokens=message.max_tokens,
-            stop_token_ids=frozenset(message.stop_token_ids),
-            seed=message.seed,
-            priority=message.priority,
-            arrival=message.arrival,
-            cache_salt=message.cache_salt,
-            adapter=message.adapter,
-            leader=message.leader,
-        )
+    def _add(self, message: AddRequest, request: Request) -> None:
         rank = self._choose_rank(message)
         self.schedulers[rank].add(request)
         self._rank_of[message.id] = rank
@@ -240,6 +246,23 @@ class EngineCore:
     def close(self) -> None:
         """Stops compiling."""
         self.runner.executables.close()
+
+
+def _request(message: AddRequest) -> Request:
+    return Request(
+        id=message.id,
+        tokens=message.prompt_token_ids + message.output_token_ids,
+        num_prompt_tokens=len(message.prompt_token_ids),
+        params=message.params,
+        max_tokens=message.max_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        seed=message.seed,
+        priority=message.priority,
+        arrival=message.arrival,
+        cache_salt=message.cache_salt,
+        adapter=message.adapter,
+        leader=message.leader,
+    )
 
 
 def _logprobs(token: int, entry: TokenLogprobs) -> Logprobs:

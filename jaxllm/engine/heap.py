@@ -13,6 +13,8 @@ from collections.abc import Iterator
 # 256 rows keeps about a thousand, which Python's 700 would collect, and with them run JAX's callback, at every step.
 THRESHOLD = (50_000, 20, 20)
 
+INTERPRETERS_OWN = 1000  # Python freezes a few hundred containers itself when it starts
+
 
 def freeze() -> None:
     """For a process that is the engine's own, when it has started."""
@@ -28,7 +30,7 @@ def frozen() -> Iterator[None]:
     Without a collection before, which would cost what it is to save: garbage of before waits till after.
     """
     before = gc.get_threshold()
-    thaw = not gc.get_freeze_count()  # what somebody else has frozen stays so
+    thaw = gc.get_freeze_count() < INTERPRETERS_OWN  # what somebody else has frozen stays so
     if thaw:
         gc.freeze()
     if before[0]:  # 0 is off, which is better still

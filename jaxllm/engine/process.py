@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,6 +20,8 @@ from jaxllm.engine.messages import Dead, decode, encode
 def main() -> None:
     """Reads an EngineConfig, then messages, until the other side closes the connection."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # When the device is done, the loop shall not wait Python's 5 ms for a thread that takes in a burst of requests.
+    sys.setswitchinterval(0.0005)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the connection
     connection = Connection(int(sys.argv[1]))
     try:
@@ -40,7 +43,7 @@ def serve(connection: Connection) -> None:
     heap.freeze()
     connection.send_bytes(encode(core.ready()))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
+    threading.Thread(target=_read, args=(connection, inbox, core.prepare), name="inbox", daemon=True).start()
     try:
         while True:
             while not core.has_work or not inbox.empty():
@@ -54,11 +57,14 @@ def serve(connection: Connection) -> None:
         core.close()
 
 
-def _read(connection: Connection, inbox: queue.SimpleQueue) -> None:
-    """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile."""
+def _read(connection: Connection, inbox: queue.SimpleQueue, prepare: Callable[[Any], Any]) -> None:
+    """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile.
+
+    Prompts are decoded and hashed here, while the loop waits for the device.
+    """
     try:
         while True:
-            inbox.put(decode(connection.recv_bytes()))
+            inbox.put(prepare(decode(connection.recv_bytes())))
     except BaseException as error:
         inbox.put(error)
 

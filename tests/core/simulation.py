@@ -218,6 +218,8 @@ class Simulation:
         )
         config = self.case.config
         limit = min(len(prompt) + max_tokens, config.max_model_len)
+        if self._ids % 2:
+            self.cache.name_pages(request)
         try:
             self.scheduler.add(request)
         except InvalidRequestError:
