@@ -104,7 +104,7 @@ class LLM:
           prompts: one prompt or several, each text or token ids.
           sampling_params: for all, or one for each; None means the model's defaults.
           use_tqdm: show progress and tokens/s.
-          priority: one a prompt, lower first, under scheduling_policy="priority".
+          priority: one a prompt, lower first, under scheduling_policy="priority"; else they must be 0.
           cache_salt: prompts of different salts share no cached prefix.
 
         Raises:
