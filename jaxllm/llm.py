@@ -1,6 +1,7 @@
 """Offline generation: `LLM` runs the engine on the caller's thread."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.config import config_from
 from jaxllm.core.expected import Expected
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.engine import heap
 from jaxllm.engine.messages import Finish, StepOutputs, Utility, UtilityResult
 from jaxllm.errors import EngineDeadError, InvalidRequestError
 from jaxllm.frontend.collector import RequestCollector
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from jaxllm.frontend.beam_search import BeamSearchOutput, BeamSearchParams
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+@dataclasses.dataclass(slots=True)
+class _News:
+    """What a turn of the engine brought: tokens of all requests, and the sequence ids of those that ended."""
+
+    num_tokens: int
+    ended: list[str]
 
 
 class LLM:
@@ -41,6 +51,7 @@ class LLM:
         self._engine: FrontEngine = start_engine(config, expected=expected, progress=progress)
         self._client, self._builder = self._engine.client, self._engine.builder
         self._collectors: dict[str, RequestCollector] = {}  # by sequence id
+        self._open_lists: dict[str, list[int]] = {}  # of those that no stream reads, see RequestCollector.open_lists
         self._deltas: dict[str, list[CompletionOutput]] = {}  # of open streams, by request id
         self._calls = itertools.count()
 
@@ -93,7 +104,7 @@ class LLM:
           prompts: one prompt or several, each text or token ids.
           sampling_params: for all, or one for each; None means the model's defaults.
           use_tqdm: show progress and tokens/s.
-          priority: one a prompt, lower first, under scheduling_policy="priority".
+          priority: one a prompt, lower first, under scheduling_policy="priority"; else they must be 0.
           cache_salt: prompts of different salts share no cached prefix.
 
         Raises:
@@ -208,7 +219,7 @@ class LLM:
                 if isinstance(message, UtilityResult) and message.call == call:
                     answer = message
                 elif isinstance(message, StepOutputs):
-                    self._dispatch(message)
+                    self._dispatch(message, _News(0, []))
         if answer.error is not None:
             raise RuntimeError(answer.error)
         return answer.value
@@ -226,43 +237,50 @@ class LLM:
         if ids:
             for sequence_id in ids:
                 del self._collectors[sequence_id]
+                self._open_lists.pop(sequence_id, None)
             with contextlib.suppress(EngineDeadError):
                 self._client.send(Finish(ids))
 
-    def _receive(self) -> list[tuple[str, CompletionOutput]]:
-        """One turn of the engine: what is new, by sequence id."""
-        news = []
+    def _receive(self) -> "_News":
+        """One turn of the engine."""
+        news = _News(0, [])
         for message in self._client.receive(timeout=1.0):
             if isinstance(message, StepOutputs):
-                news += self._dispatch(message)
+                self._dispatch(message, news)
         return news
 
-    def _dispatch(self, message: StepOutputs) -> list[tuple[str, CompletionOutput]]:
-        news: list[tuple[str, CompletionOutput]] = []
+    def _dispatch(self, message: StepOutputs, news: "_News") -> None:
         for output in message.outputs:
             collector = self._collectors.get(output.id)
             if collector is not None:
                 self._hand_over(output.id, collector, collector.add(output), news)
+            news.num_tokens += len(output.token_ids)
+        open_list = self._open_lists.get
         for sequence_id, token in zip(message.ids, message.tokens, strict=True):
+            tokens = open_list(sequence_id)
+            if tokens is not None:
+                tokens.append(token)
+                continue
             collector = self._collectors.get(sequence_id)
             if collector is not None:
                 self._hand_over(sequence_id, collector, collector.add_token(sequence_id, token), news)
-        return news
+        news.num_tokens += len(message.tokens)
 
     def _hand_over(
         self,
         sequence_id: str,
         collector: RequestCollector,
         delta: CompletionOutput | None,
-        news: list[tuple[str, CompletionOutput]],
+        news: "_News",
     ) -> None:
         """Notes what is new of one sample, and tells the core if a stop string has ended it."""
         if delta is not None:
-            news.append((sequence_id, delta))
             if self._deltas and collector.output.request_id in self._deltas:
                 self._deltas[collector.output.request_id].append(delta)
             if delta.finish_reason is not None:
+                news.ended.append(sequence_id)
                 del self._collectors[sequence_id]
+                self._open_lists.pop(sequence_id, None)
         if collector.to_stop:
             self._client.send(Finish(collector.to_stop, reason="stop"))
             collector.to_stop = []
@@ -272,12 +290,14 @@ class LLM:
         try:
             for request in prepared:
                 collectors.append(self._submit(request))
+                self._open_lists |= collectors[-1].open_lists()
             remaining = {sequence_id for collector in collectors for sequence_id in collector.sequence_ids}
-            with TokenProgress(len(remaining), show) as progress:
+            with TokenProgress(len(remaining), show) as progress, heap.frozen():
                 while remaining:
                     news = self._receive()
-                    remaining.difference_update(sequence_id for sequence_id, delta in news if delta.finished)
-                    progress.update([delta for _, delta in news])
+                    ended = remaining.intersection(news.ended) if news.ended else ()
+                    remaining.difference_update(ended)
+                    progress.update(news.num_tokens, len(ended))
         finally:
             self._withdraw(collectors)
         for collector in collectors:

@@ -29,7 +29,8 @@ class Row:
 
 @dataclasses.dataclass(slots=True)
 class Batch:
-    """Rows of one query token stand first. `new_slots` tells which rows' requests have just been given their slot:
+    """Rows of one query token stand first; of these, the first `num_fed` compute a token that only the device knows yet,
+    and sample the next: the decodes of a step that overlaps the one before. `new_slots` tells which rows' requests have just been given their slot:
     the runner uploads what such a slot needs (sampling parameters, token history, masks).
 
     `page_updates[g]` lists (slot, index, page): entry `index` of the slot's page table in cache group g is now `page`.
@@ -40,3 +41,4 @@ class Batch:
     new_slots: list[int]  # indices into rows
     page_updates: list[list[tuple[int, int, int]]]
     num_tokens: int
+    num_fed: int = 0

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxllm.core.block_pool import BlockPool
-from jaxllm.core.prefix import HashPage, PrefixIndex, PrefixNode, hash_page
+from jaxllm.core.prefix import HashPage, PrefixIndex, PrefixNode, hash_page, root_content
 from jaxllm.core.request import Request
 from jaxllm.errors import ConfigError
 
@@ -128,9 +128,17 @@ class KVCache:
                 best = shared
         return best
 
+    def name_pages(self, request: Request) -> None:
+        """Hashes the pages of a request that nobody has seen yet, so that `find_prefix` need not. On any thread."""
+        if self.enable_prefix_caching:
+            root = root_content(self.weight_version, request.cache_salt, request.adapter)
+            request.names = self._index.names(root, request.tokens, self.page_size)
+
     def _find_by_hash(self, request: Request, max_pages: int) -> Prefix:
         """A hit needs every page in a full group and just the last window's in a window group."""
         record = self._record(request)
+        if not self._windows and len(self.groups) == 1:
+            return self._find_in_one_group(request, record, max_pages)
         runs = [0] * len(self.groups)  # for each window group the pages present without a gap, up to the current one
         best = 0
         for i in range(max_pages):
@@ -147,6 +155,17 @@ class KVCache:
             best = i + 1
         found = record.chain[:best]
         return Prefix(best, [self._last_window(g, [node.pages[g] for node in found]) for g in range(len(self.groups))])
+
+    def _find_in_one_group(self, request: Request, record: SequencePages, max_pages: int) -> Prefix:
+        """The usual case, made fast."""
+        pages: list[int] = []
+        for i in range(max_pages):
+            node = record.chain[i] if i < len(record.chain) else self._node(request, record, i)
+            page = node.pages[0]
+            if not page:
+                break
+            pages.append(page)
+        return Prefix(len(pages), [pages])
 
     def _share_with_leader(self, request: Request, leader: Request, max_pages: int) -> Prefix | None:
         """The leader's full prompt pages, unless it does not hold them or holds something else in them."""
@@ -185,8 +204,11 @@ class KVCache:
         chain, size = record.chain, self.page_size
         while len(chain) <= i:
             n = len(chain)
-            parent = chain[-1] if chain else record.root
-            chain.append(self._index.child(parent, request.tokens[n * size : (n + 1) * size]))
+            parent, names = chain[-1] if chain else record.root, request.names
+            if names is not None and n < len(names.pages) and names.root == record.root.content:
+                chain.append(self._index.node(parent, *names.pages[n]))
+            else:
+                chain.append(self._index.child(parent, request.tokens[n * size : (n + 1) * size]))
         return chain[i]
 
     # Pages of a request

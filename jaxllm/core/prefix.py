@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from array import array
+import struct
 from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
@@ -20,7 +20,7 @@ class PrefixNode:
 
     Attributes:
       hash: chained over the root and every page up to this one.
-      content: this page's tokens, packed; at a root, what no other root may share pages with.
+      content: this page's tokens as int32; at a root, what no other root may share pages with.
       parent: the node of the page before; None at a root.
       pages: for each cache group the page that holds these keys and values, 0 if none does.
     """
@@ -29,6 +29,24 @@ class PrefixNode:
     content: bytes
     parent: "PrefixNode | None"
     pages: list[int]
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class PageNames:
+    """The hash and the content of a prompt's full pages, made ahead of the first look for them.
+
+    Attributes:
+      root: content of the root node that the hashes are chained from; under another they are void.
+      pages: (hash, content) of each.
+    """
+
+    root: bytes
+    pages: list[tuple[bytes, bytes]]
+
+
+def root_content(weight_version: int, salt: str, adapter: str | None) -> bytes:
+    """What a root node stands for."""
+    return repr((weight_version, salt, adapter)).encode()
 
 
 class PrefixIndex:
@@ -44,13 +62,24 @@ class PrefixIndex:
         self._nodes: WeakValueDictionary[bytes, PrefixNode] = WeakValueDictionary()
 
     def root(self, weight_version: int, salt: str, adapter: str | None) -> PrefixNode:
-        return self._node(None, repr((weight_version, salt, adapter)).encode())
+        content = root_content(weight_version, salt, adapter)
+        return self.node(None, self._hash_page(b"", content), content)
 
     def child(self, parent: PrefixNode, tokens: Sequence[int]) -> PrefixNode:
-        return self._node(parent, array("q", tokens).tobytes())
+        content = _packed(tokens)
+        return self.node(parent, self._hash_page(parent.hash, content), content)
 
-    def _node(self, parent: PrefixNode | None, content: bytes) -> PrefixNode:
-        key = self._hash_page(parent.hash if parent else b"", content)
+    def names(self, root: bytes, tokens: Sequence[int], page_size: int) -> PageNames:
+        """What `child` would compute for each full page. Touches no node: any thread may call it."""
+        pages, key = [], self._hash_page(b"", root)
+        for end in range(page_size, len(tokens) + 1, page_size):
+            content = _packed(tokens[end - page_size : end])
+            key = self._hash_page(key, content)
+            pages.append((key, content))
+        return PageNames(root, pages)
+
+    def node(self, parent: PrefixNode | None, key: bytes, content: bytes) -> PrefixNode:
+        """The node of this content after `parent`; `key` is its chained hash."""
         found = self._nodes.get(key)
         if found is not None and found.parent is parent and found.content == content:
             return found
@@ -58,3 +87,7 @@ class PrefixIndex:
         if found is None:
             self._nodes[key] = node
         return node
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(tokens)}i", *tokens)

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING
 
+from jaxllm.core.prefix import PageNames
 from jaxllm.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -54,10 +55,12 @@ class Request:
     The scheduler's own:
       limit: prompt and output tokens at which it ends with LENGTH.
       rank: smaller is served first; unique.
+      plain: its next token goes out with nothing else to say: it is not the first one and comes without logprobs.
     The cache's own:
       capacity: tokens that its pages have room for.
       commit_at: computed tokens at which its next page is full.
       pages: its page tables.
+      names: of its prompt's pages, if they were made at arrival.
     """
 
     id: str
@@ -81,9 +84,11 @@ class Request:
     stop_token: int | None = None
     limit: int = 0
     rank: tuple[int, float, int] = (0, 0.0, 0)
+    plain: bool = False
     capacity: int = 0
     commit_at: int = 0
     pages: "SequencePages | None" = None
+    names: PageNames | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 from operator import attrgetter
 
 from jaxllm.core.batch import Batch, Row
@@ -12,7 +13,7 @@ from jaxllm.core.request import Request, Status
 from jaxllm.core.scheduler_config import SchedulerConfig
 from jaxllm.errors import InvalidRequestError, QueueFullError
 
-__all__ = ["Scheduler", "SchedulerConfig", "Update"]
+__all__ = ["Progress", "Scheduler", "SchedulerConfig", "Update"]
 
 _rank = attrgetter("rank")
 
@@ -31,12 +32,23 @@ class Update:
 
 
 @dataclasses.dataclass(slots=True)
+class Progress:
+    """What a step brought. Most requests got one token and there is nothing else to say of them (`Request.plain`): these
+    are `requests` and `tokens`, side by side, so that no object is made for a token. `updates` are all others."""
+
+    requests: list[Request]
+    tokens: list[int]
+    updates: list[Update]
+
+
+@dataclasses.dataclass(slots=True)
 class _Plan:
     """A batch in the making."""
 
     budget: int
     page_updates: PageUpdates
-    ones: list[Row] = dataclasses.field(default_factory=list)  # rows of one token
+    fed: list[Row] = dataclasses.field(default_factory=list)  # see Batch.num_fed
+    ones: list[Row] = dataclasses.field(default_factory=list)  # other rows of one token
     chunks: list[Row] = dataclasses.field(default_factory=list)  # longer rows
     admitted: set[Request] = dataclasses.field(default_factory=set)
     pages_short: bool = False  # a running request lacked pages: admit nobody
@@ -163,20 +175,21 @@ class Scheduler:
             self._preempt_for_priority()
         self._schedule_running(plan)
         self._admit_waiting(plan)
-        if not plan.ones and not plan.chunks:
+        if not plan.fed and not plan.ones and not plan.chunks:
             return None
         self._cut_to_rung(plan)
-        rows = plan.ones + plan.chunks
+        rows = plan.fed + plan.ones + plan.chunks
         new_slots = [i for i, row in enumerate(rows) if row.request in plan.admitted] if plan.admitted else []
-        batch = Batch(rows, new_slots, plan.page_updates, self.config.max_num_batched_tokens - plan.budget)
+        num_tokens = self.config.max_num_batched_tokens - plan.budget
+        batch = Batch(rows, new_slots, plan.page_updates, num_tokens, len(plan.fed))
         self._in_flight.append(batch)
         return batch
 
     def _schedule_running(self, plan: _Plan) -> None:
-        running, ones, budget = self._running, plan.ones, plan.budget
+        running, fed, budget = self._running, plan.fed, plan.budget
         for i, request in enumerate(running):  # preemption shortens the list behind us, which is safe
-            start = request.num_computed
-            total = len(request.tokens) + request.num_pending
+            start, pending = request.num_computed, request.num_pending
+            total = len(request.tokens) + pending
             if total >= request.limit:
                 continue  # launched steps bring its last token
             end = total
@@ -186,13 +199,19 @@ class Scheduler:
                 end = start + self._secure_pages(request, end - start, plan)
                 if end == start:
                     continue
-            if end == total:
-                request.num_pending += 1
-            request.num_computed = end
             length = end - start
+            samples = end == total
+            request.num_computed = end
+            row = Row(request, request.slot, start, length, samples, request.num_preemptions)
+            if samples:
+                request.num_pending = pending + 1
+            if length > 1:
+                plan.chunks.append(row)
+            elif samples and pending:  # the token before the last of all is not known here
+                fed.append(row)
+            else:
+                plan.ones.append(row)
             budget -= length
-            rows = ones if length == 1 else plan.chunks
-            rows.append(Row(request, request.slot, start, length, end == total, request.num_preemptions))
         plan.budget = budget
 
     def _secure_pages(self, request: Request, length: int, plan: _Plan) -> int:
@@ -331,17 +350,18 @@ class Scheduler:
 
     # A step ends
 
-    def finish(self, batch: Batch, tokens: list[list[int]]) -> list[Update]:
-        """Takes in the oldest launched step's sampled tokens: tokens[i] are row i's, [] if it sampled none.
+    def finish(self, batch: Batch, tokens: Sequence[int | list[int]]) -> Progress:
+        """Takes in the oldest launched step's sampled tokens: tokens[i] are row i's, one or a list ([]: it sampled none).
 
         Rows whose request has ended meanwhile are dropped; tokens after a stop token or beyond the limit too. Returns
         the requests that got tokens. Raises ValueError if it is not that batch's turn.
         """
         if not self._in_flight or self._in_flight[0] is not batch or len(tokens) != len(batch.rows):
-            raise ValueError("finish takes the oldest unfinished batch, with a list of tokens for each row")
+            raise ValueError("finish takes the oldest unfinished batch, with a token or a list of them for each row")
         self._in_flight.popleft()
         waiting, running = Status.WAITING, Status.RUNNING
-        updates: list[Update] = []
+        progress = Progress([], [], [])
+        plain_requests, plain_tokens = progress.requests, progress.tokens
         any_ended = False
         for row, new in zip(batch.rows, tokens, strict=True):
             request = row.request
@@ -356,18 +376,26 @@ class Scheduler:
             if not row.samples:
                 continue
             request.num_pending -= 1
-            if len(new) == 1 and new[0] not in request.stop_token_ids and len(known) + 1 < request.limit:
-                known.append(new[0])  # the usual case, made fast
+            if (
+                request.plain
+                and type(new) is int
+                and len(known) + 1 < request.limit
+                and new not in request.stop_token_ids
+            ):  # the usual case, made fast
+                known.append(new)
+                plain_requests.append(request)
+                plain_tokens.append(new)
             else:
-                new, status = self._accept(request, new)
+                accepted, status = self._accept(request, [new] if isinstance(new, int) else new)
                 any_ended |= status >= Status.STOPPED
-            if new:
-                updates.append(Update(request, new, status))
+                if accepted:
+                    request.plain = request.params.logprobs is None
+                    progress.updates.append(Update(request, accepted, status))
             if status is waiting and not request.num_pending:
                 self._push(request)
         if any_ended:
             self._running = [request for request in self._running if request.status is running]
-        return updates
+        return progress
 
     def _accept(self, request: Request, new: list[int]) -> tuple[list[int], Status]:
         """Appends tokens up to the first that ends the request; returns these and the request's status."""

@@ -3,6 +3,7 @@
 pending = launch(schedule()); finish(previous); previous = pending
 """
 
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -28,6 +29,14 @@ from jaxllm.errors import InvalidRequestError, QueueFullError
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(slots=True)
+class Arrival:
+    """A request made ready for the scheduler outside the loop over steps, see `EngineCore.prepare`."""
+
+    message: AddRequest
+    request: Request
+
+
 class EngineCore:
     """Serves messages: `handle` takes one in, `step` runs the engine once and returns what came of it.
 
@@ -45,7 +54,6 @@ class EngineCore:
         self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}
         self._previous: Launched | None = None
         self._outbox: list[SequenceOutput | UtilityResult] = []
-        self._begun: set[str] = set()  # requests whose first output, which says more than others, has gone out
         self._ids: list[str] = []  # see StepOutputs
         self._tokens: list[int] = []
         self._warm_up = warm_up
@@ -58,11 +66,22 @@ class EngineCore:
         tokens = min((group.num_pages - 1) * group.page_size for group in plan.groups)
         return Ready(plan.scheduler.max_model_len, self.runner.vocab_size, plan.scheduler.max_num_seqs, tokens)
 
-    def handle(self, message: ToCore) -> None:
+    def prepare(self, message: ToCore) -> ToCore | Arrival:
+        """What of `handle` needs no order and may be done on another thread, while a step runs: hashing a prompt."""
+        if not isinstance(message, AddRequest):
+            return message
+        arrival = Arrival(message, _request(message))
+        self.schedulers[0].kv_cache.name_pages(arrival.request)  # the same in every rank's cache
+        return arrival
+
+    def handle(self, message: ToCore | Arrival) -> None:
         """Takes one message in; answers and refusals come with the next `step`."""
         if isinstance(message, AddRequest):
+            message = Arrival(message, _request(message))
+        if isinstance(message, Arrival):
+            request, message = message.request, message.message
             try:
-                self._add(message)
+                self._add(message, request)
             except InvalidRequestError as error:
                 refused = (error.field, repr(error.value), error.limit)
                 output = SequenceOutput(message.id, [], finish_reason="error", error=str(error), refused=refused)
@@ -77,21 +96,7 @@ class EngineCore:
         else:
             self._outbox.append(self._call(message))
 
-    def _add(self, message: AddRequest) -> None:
-        request = Request(
-            id=message.id,
-            tokens=message.prompt_token_ids + message.output_token_ids,
-            num_prompt_tokens=len(message.prompt_token_ids),
-            params=message.params,
-            max_tokens=message.max_tokens,
-            stop_token_ids=frozenset(message.stop_token_ids),
-            seed=message.seed,
-            priority=message.priority,
-            arrival=message.arrival,
-            cache_salt=message.cache_salt,
-            adapter=message.adapter,
-            leader=message.leader,
-        )
+    def _add(self, message: AddRequest, request: Request) -> None:
         rank = self._choose_rank(message)
         self.schedulers[rank].add(request)
         self._rank_of[message.id] = rank
@@ -120,7 +125,6 @@ class EngineCore:
         self._rank_of.pop(request_id, None)
         self._bad_words.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
-        self._begun.discard(request_id)
 
     def _call(self, message: Utility) -> UtilityResult:
         try:
@@ -196,16 +200,13 @@ class EngineCore:
                 else:
                     by_id[request.id] = detail
                     self._collect(request, detail)
-            for update in scheduler.finish(batch, result.tokens):
-                request_id, new = update.request.id, update.new_tokens
-                if len(new) == 1 and request_id in self._begun and request_id not in by_id and not update.ended:
-                    self._ids.append(request_id)
-                    self._tokens.append(new[0])
-                    continue
-                self._begun.add(request_id)
-                self._outbox.append(self._output(update, by_id.get(request_id)))
+            progress = scheduler.finish(batch, result.tokens)
+            self._ids += [request.id for request in progress.requests]
+            self._tokens += progress.tokens
+            for update in progress.updates:
+                self._outbox.append(self._output(update, by_id.get(update.request.id)))
                 if update.ended:
-                    self._forget(request_id)
+                    self._forget(update.request.id)
 
     def _fail(self, request_id: str, scheduler: Scheduler) -> None:
         scheduler.finish_request(request_id, Status.ERROR)
@@ -245,6 +246,23 @@ class EngineCore:
     def close(self) -> None:
         """Stops compiling."""
         self.runner.executables.close()
+
+
+def _request(message: AddRequest) -> Request:
+    return Request(
+        id=message.id,
+        tokens=message.prompt_token_ids + message.output_token_ids,
+        num_prompt_tokens=len(message.prompt_token_ids),
+        params=message.params,
+        max_tokens=message.max_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        seed=message.seed,
+        priority=message.priority,
+        arrival=message.arrival,
+        cache_salt=message.cache_salt,
+        adapter=message.adapter,
+        leader=message.leader,
+    )
 
 
 def _logprobs(token: int, entry: TokenLogprobs) -> Logprobs:

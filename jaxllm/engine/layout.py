@@ -6,6 +6,7 @@ The part before the token ids has one size for all steps, so that the sampler do
 """
 
 import dataclasses
+from itertools import chain
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jaxllm.engine.sampling import NUM_COLUMNS, SlotParams
 HEADER = 3
 ROW = 4 + NUM_COLUMNS
 SLOT, START, LENGTH, SAMPLES = range(4)
+_FED = (-1, 1, 1)  # start, length and samples of a row that decodes a token which the device knows
 
 
 class Unpacked(NamedTuple):
@@ -51,8 +53,11 @@ class StepLayout:
         """Words before the token ids."""
         return HEADER + self.num_slots * ROW + self.num_groups * self.max_updates * 3
 
-    def pack(self, batch: Batch | None, num_tokens: int, params: SlotParams) -> np.ndarray:
-        """int32[fixed + num_tokens] of a batch (None: an idle rank). At most `max_updates` updates a group."""
+    def pack(self, batch: Batch | None, slots: np.ndarray, num_tokens: int, params: SlotParams) -> np.ndarray:
+        """int32[fixed + num_tokens] of a batch (None: an idle rank). At most `max_updates` updates a group.
+
+        slots: int[R], those of the batch's rows.
+        """
         out = np.zeros(self.fixed + num_tokens, np.int32)
         rows = out[HEADER : HEADER + self.num_slots * ROW].reshape(self.num_slots, ROW)
         updates = out[HEADER + rows.size : self.fixed].reshape(self.num_groups, self.max_updates, 3)
@@ -61,27 +66,29 @@ class StepLayout:
             return out
         tokens = out[self.fixed :]
         tokens[: batch.num_tokens] = -1
-        at = num_decodes = 0
+        count = len(batch.rows)
+        at = num_decodes = batch.num_fed
+        rows[:at, START : SAMPLES + 1] = _FED
         heads = []
-        for row in batch.rows:
+        for row in batch.rows[at:]:
             known = row.request.tokens
             start, length = row.start, row.length
             if start >= len(known):
-                heads.append((row.slot, -1, length, row.samples))
+                heads.append((-1, length, row.samples))
             else:
-                heads.append((row.slot, start, length, row.samples))
+                heads.append((start, length, row.samples))
                 part = known[start : start + length]
                 tokens[at : at + len(part)] = part
             num_decodes += length == 1
             at += length
-        count = len(heads)
+        if heads:
+            rows[batch.num_fed : count, START : SAMPLES + 1] = heads
         out[:HEADER] = count, num_decodes, at
-        rows[:count, :4] = heads
-        ends = [row.start + row.length for row in batch.rows]
-        rows[:count, 4:] = params.take(rows[:count, SLOT], ends)
+        rows[:count, SLOT] = slots
+        rows[:count, SAMPLES + 1 :] = params.take(slots, 0)  # `forward` puts in the positions, which it alone knows
         for group, entries in enumerate(batch.page_updates):
             if entries:
-                updates[group, : len(entries)] = entries
+                updates[group, : len(entries)] = np.fromiter(chain.from_iterable(entries), np.int32).reshape(-1, 3)
         return out
 
     def unpack(self, packed: jax.Array) -> Unpacked:

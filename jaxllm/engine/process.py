@@ -6,18 +6,22 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine import heap
 from jaxllm.engine.messages import Dead, decode, encode
 
 
 def main() -> None:
     """Reads an EngineConfig, then messages, until the other side closes the connection."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # When the device is done, the loop shall not wait Python's 5 ms for a thread that takes in a burst of requests.
+    sys.setswitchinterval(0.0005)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the connection
     connection = Connection(int(sys.argv[1]))
     try:
@@ -36,9 +40,10 @@ def serve(connection: Connection) -> None:
     from jaxllm.engine.build import build_core
 
     core = build_core(config)
+    heap.freeze()
     connection.send_bytes(encode(core.ready()))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
+    threading.Thread(target=_read, args=(connection, inbox, core.prepare), name="inbox", daemon=True).start()
     try:
         while True:
             while not core.has_work or not inbox.empty():
@@ -52,11 +57,14 @@ def serve(connection: Connection) -> None:
         core.close()
 
 
-def _read(connection: Connection, inbox: queue.SimpleQueue) -> None:
-    """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile."""
+def _read(connection: Connection, inbox: queue.SimpleQueue, prepare: Callable[[Any], Any]) -> None:
+    """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile.
+
+    Prompts are decoded and hashed here, while the loop waits for the device.
+    """
     try:
         while True:
-            inbox.put(decode(connection.recv_bytes()))
+            inbox.put(prepare(decode(connection.recv_bytes())))
     except BaseException as error:
         inbox.put(error)
 

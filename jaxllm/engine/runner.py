@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import operator
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm.core.batch import Batch
+from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.compile import Executables
 from jaxllm.engine.executables import (
     MANY_UPDATES,
@@ -29,6 +32,7 @@ from jaxllm.engine.resolve import EnginePlan
 from jaxllm.engine.sampling import (
     MAX_LOGPROBS,
     VARIANTS,
+    SamplerVariant,
     SlotParams,
     Uses,
     bad_words_rows,
@@ -72,11 +76,11 @@ class StepResult:
     """What a step brought for one rank.
 
     Attributes:
-      tokens: each row's accepted new tokens; empty for rows that do not sample.
+      tokens: each row's new token; [] for rows that do not sample.
       details: of the rows that have any, by index.
     """
 
-    tokens: list[list[int]]
+    tokens: list[int | list[int]]
     details: dict[int, RowDetail]
 
     def detail(self, row: int) -> RowDetail:
@@ -132,6 +136,7 @@ class Runner:
         self._history = _zeros(lowering.tables()["history"])
         self._tables: dict[str, jax.Array] | None = None
         self._params = [SlotParams(plan.scheduler.max_num_seqs) for _ in range(self.num_ranks)]
+        self._needs = [np.zeros(plan.scheduler.max_num_seqs, np.uint8) for _ in range(self.num_ranks)]  # see _need_of
         self._row_rungs = row_rungs(plan.scheduler.max_num_seqs)
         self.num_steps = self.num_scheduled_tokens = self.num_padded_tokens = 0
 
@@ -144,37 +149,42 @@ class Runner:
                 self._admit(rank, batch, bad_words)
         self._send_excess_updates(batches)
         forward = self._forward_key(batches)
-        packed = np.concatenate(
-            [self.layout.pack(batch, forward.num_tokens, self._params[rank]) for rank, batch in enumerate(batches)]
+        slots = [np.array([row.slot for row in batch.rows] if batch else [], np.intp) for batch in batches]
+        need = functools.reduce(
+            operator.or_, (int(np.bitwise_or.reduce(need[at])) for need, at in zip(self._needs, slots, strict=True))
         )
-        packed = jax.device_put(packed, self._by_rank)
+        parts = [
+            self.layout.pack(batch, at, forward.num_tokens, params)
+            for batch, at, params in zip(batches, slots, self._params, strict=True)
+        ]
+        packed = jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts), self._by_rank)
         run = self.executables.get(forward)
         self._caches, self._state, rows, last_hidden, hidden = run(
             self.leaves, self._caches, self._state, self._history, packed
         )
-        sample = self._sample_key(batches)
+        sample = self._sample_key(max(map(len, slots)), need)
         extra = tuple(self._sampler_tables().values()) if sample.variant.adjust else None
         self._history, output = self.executables.get(sample)(self.leaves, last_hidden, rows, self._history, extra)
         output.copy_to_host_async()
         self.num_steps += 1
         self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
         self.num_padded_tokens += forward.num_tokens * self.num_ranks
-        wide = self._launch_wide(batches, last_hidden, hidden, output, sample.num_rows, forward.num_tokens)
+        wide = []
+        if need & _WIDE:
+            wide = self._launch_wide(batches, last_hidden, hidden, output, sample.num_rows, forward.num_tokens)
         return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide)
 
     def _forward_key(self, batches: Sequence[Batch | None]) -> Forward:
         num_tokens = max(batch.num_tokens for batch in batches if batch is not None)
-        keys = [Forward(rung) for rung in self.plan.scheduler.token_rungs if rung >= num_tokens]
+        rungs, decodes = self.plan.scheduler.token_rungs, self.plan.decode_rungs
+        keys = _forwards(rungs[bisect_left(rungs, num_tokens) :])
         if all(batch.num_tokens == len(batch.rows) for batch in batches if batch is not None):
-            keys = [Forward(rung, True) for rung in self.plan.decode_rungs if rung >= num_tokens] + keys
+            keys = _forwards(decodes[bisect_left(decodes, num_tokens) :], True) + keys
         return self.executables.first_ready(keys)
 
-    def _sample_key(self, batches: Sequence[Batch | None]) -> Sample:
-        num_rows = max(len(batch.rows) for batch in batches if batch is not None)
-        need = variant_for(row.request.params for batch in batches if batch for row in batch.rows)
-        serving = sorted((v for v in VARIANTS if v.serves(need)), key=lambda variant: variant.cost)
-        counts = [count for count in self._row_rungs if count >= num_rows]
-        return self.executables.first_ready([Sample(count, variant) for variant in serving for count in counts])
+    def _sample_key(self, num_rows: int, need: int) -> Sample:
+        counts = self._row_rungs[bisect_left(self._row_rungs, num_rows) :]
+        return self.executables.first_ready(_samplers(need & ~_WIDE, counts))
 
     def _admit(self, rank: int, batch: Batch, bad_words: dict[str, list[list[int]]]) -> None:
         """Writes what the slots of newly admitted requests need."""
@@ -182,6 +192,7 @@ class Runner:
             request, slot = batch.rows[index].request, batch.rows[index].slot
             words = bad_words.get(request.id, [])
             self._params[rank].set(slot, request, words)
+            self._needs[rank][slot] = _need_of(request.params)
             uses = needs_tables(request.params, words)
             at = rank * self.plan.scheduler.max_num_seqs + slot
             if uses & (Uses.PENALTIES | Uses.BAD_WORDS):
@@ -304,6 +315,37 @@ class Runner:
         self.leaves = leaves
 
 
+_RANDOM, _FILTERS, _ADJUST, _LOGPROBS, _WIDE = (1 << bit for bit in range(5))
+
+
+def _need_of(params: SamplingParams) -> int:
+    """What a request asks of a step, as bits, so that a batch's need is the `or` of its slots'. _WIDE: more than the
+    sampler reports."""
+    variant = variant_for([params])
+    wide = is_wide(params.logprobs) or params.prompt_logprobs is not None
+    return (
+        _RANDOM * variant.random
+        | _FILTERS * variant.filters
+        | _ADJUST * variant.adjust
+        | _LOGPROBS * (variant.num_logprobs is not None)
+        | _WIDE * wide
+    )
+
+
+@functools.cache
+def _samplers(need: int, counts: tuple[int, ...]) -> list[Sample]:
+    """The samplers that serve such rows, the cheapest first; `counts`: row rungs that hold them."""
+    logprobs = MAX_LOGPROBS if need & _LOGPROBS else None
+    variant = SamplerVariant(bool(need & _RANDOM), bool(need & _FILTERS), bool(need & _ADJUST), logprobs)
+    serving = sorted((v for v in VARIANTS if v.serves(variant)), key=lambda v: v.cost)
+    return [Sample(count, variant) for variant in serving for count in counts]
+
+
+@functools.cache
+def _forwards(rungs: tuple[int, ...], decodes_only: bool = False) -> list[Forward]:
+    return [Forward(rung, decodes_only) for rung in rungs]
+
+
 def max_updates(plan: EnginePlan) -> int:
     """Page updates that travel with a step: one for each slot, and the pages of a few hundred prompt tokens."""
     return plan.scheduler.max_num_seqs + 64
@@ -316,18 +358,22 @@ def layout_of(plan: EnginePlan) -> StepLayout:
 
 def _read_rank(output: np.ndarray, batch: Batch) -> StepResult:
     """output: int32[at least the rows, OUTPUT_COLUMNS + 2 N], see `jaxllm.engine.step.pack_output`."""
-    output = output[: len(batch.rows)]
-    sampled, finite = output[:, 0].tolist(), output[:, 4]
-    result = StepResult([[token] if row.samples else [] for row, token in zip(batch.rows, sampled, strict=True)], {})
+    rows = batch.rows
+    output = output[: len(rows)]
+    finite = output[:, 4]
+    result = StepResult(output[:, 0].tolist(), {})
+    for index in range(batch.num_fed, len(rows)):
+        if not rows[index].samples:
+            result.tokens[index] = []
     if not finite.all():
         for index in np.flatnonzero(finite == 0).tolist():
-            if batch.rows[index].samples:
+            if rows[index].samples:
                 result.tokens[index] = []
                 result.detail(index).finite = False
     width = (output.shape[1] - OUTPUT_COLUMNS) // 2
     if width:
         floats = output.view(np.float32)
-        for index, row in enumerate(batch.rows):
+        for index, row in enumerate(rows):
             asked = row.request.params.logprobs
             if asked is not None and row.samples and not is_wide(asked):
                 ids = output[index, OUTPUT_COLUMNS : OUTPUT_COLUMNS + min(asked, width)].tolist()

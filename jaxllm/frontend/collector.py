@@ -19,10 +19,12 @@ class RequestCollector:
 
     def __init__(self, prepared: PreparedRequest, tokenizer: Tokenizer | None):
         params = prepared.params
-        self._params, self._tokenizer = params, tokenizer
+        self._tokenizer = tokenizer
+        self._needs_text = bool(params.stop)  # at every token: a stop string may end the request
+        self._makes_text = tokenizer is not None and params.detokenize
         self._eos = frozenset() if params.ignore_eos else prepared.eos_token_ids
         first = prepared.sequences[0]
-        detokenize = tokenizer if params.detokenize else None
+        detokenize = tokenizer if self._makes_text else None
         self._texts = [
             OutputText(
                 detokenize,
@@ -51,6 +53,19 @@ class RequestCollector:
         """The core's names of the samples."""
         return list(self._index)
 
+    def open_lists(self) -> dict[str, list[int]]:
+        """By sequence id where a caller who reads no deltas may put lone tokens itself, in place of `add_token`: text is
+        made of them later, all at once. Empty where a stop string may end the request."""
+        if self._needs_text:
+            return {}
+        return {sequence_id: self.output.outputs[index].token_ids for sequence_id, index in self._index.items()}
+
+    def _catch_up(self, index: int) -> None:
+        """Makes text of tokens that came without `add` or `add_token`."""
+        text, tokens = self._texts[index], self.output.outputs[index].token_ids
+        if len(tokens) > text.num_tokens:
+            text.append(tokens[text.num_tokens :])
+
     def add(self, message: SequenceOutput) -> CompletionOutput | None:
         """Takes one sample's news in; what is new of it as a delta, or None if it had ended already."""
         index = self._index[message.id]
@@ -61,6 +76,7 @@ class RequestCollector:
             self.error = InvalidRequestError(*message.refused)
         elif message.queue_full:
             self.error = QueueFullError(message.error)
+        self._catch_up(index)
         delta = CompletionOutput(index)
         by_stop_token = message.stop_token is not None
         change = self._texts[index].append(
@@ -89,9 +105,11 @@ class RequestCollector:
         sample = self.output.outputs[index]
         if sample.finish_reason is not None:
             return None
+        sample.token_ids.append(token)
+        if not self._makes_text:
+            return CompletionOutput(index, "", [token])
         change = self._texts[index].append((token,))
         delta = CompletionOutput(index, change.text, [token])
-        sample.token_ids.append(token)
         if change.stop_string is not None:
             delta.token_ids = [token][: change.num_tokens]
             del sample.token_ids[len(sample.token_ids) - 1 + change.num_tokens :]
@@ -116,7 +134,8 @@ class RequestCollector:
 
     def snapshot(self) -> RequestOutput:
         """The output so far, texts included."""
-        for sample, text in zip(self.output.outputs, self._texts, strict=True):
+        for index, (sample, text) in enumerate(zip(self.output.outputs, self._texts, strict=True)):
+            self._catch_up(index)
             sample.text = text.text
         return self.output
 

@@ -68,7 +68,7 @@ def start_engine(config: EngineConfig, *, expected: Expected | None = None, prog
 
             client = InProcessClient(build_core(config, checkpoint, expected=expected, progress=progress))
         try:
-            limits = ModelLimits(client.ready.vocab_size, client.ready.max_model_len)
+            limits = ModelLimits(client.ready.vocab_size, client.ready.max_model_len, config.scheduling_policy)
             builder = RequestBuilder(
                 tokenizer.result(), limits, checkpoint.config, checkpoint.generation_config, config.seed
             )

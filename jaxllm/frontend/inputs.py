@@ -32,10 +32,12 @@ Prompt = str | Sequence[int] | TokensPrompt | TextPrompt
 
 @dataclasses.dataclass(frozen=True)
 class ModelLimits:
-    """What requests are checked against: vocab_size in tokens, max_model_len in prompt and output tokens."""
+    """What requests are checked against: vocab_size in tokens, max_model_len in prompt and output tokens, and the policy
+    that orders them."""
 
     vocab_size: int
     max_model_len: int
+    scheduling_policy: str = "fcfs"
 
 
 @dataclasses.dataclass(slots=True)
@@ -141,7 +143,7 @@ class RequestBuilder:
           prompt: text or token ids.
           params: None means `default_params`.
           request_id: unique among live requests; drawn if None.
-          priority: lower runs first under the priority policy.
+          priority: lower runs first under the priority policy; 0 under any other.
           cache_salt: requests of different salts share no cached prefix.
           output_token_ids: tokens already emitted (with n = 1): generation continues exactly after them, given the
             same seed.
@@ -151,6 +153,9 @@ class RequestBuilder:
         """
         params = self._checked_params(params)
         _check_envelope(request_id, priority, cache_salt)
+        if priority != 0 and self.limits.scheduling_policy != "priority":
+            limit = f"must be 0 under scheduling_policy={self.limits.scheduling_policy!r}; 'priority' orders by it"
+            raise InvalidRequestError("priority", priority, limit)
         text, ids = self.token_ids(prompt)
         room = self.limits.max_model_len - len(ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)

@@ -1,10 +1,7 @@
 """A progress bar with tokens/s for batches of requests."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
-
-from jaxllm.frontend.outputs import CompletionOutput
 
 
 class TokenProgress:
@@ -33,12 +30,12 @@ class TokenProgress:
             self._begin = time.perf_counter()
         return self
 
-    def update(self, deltas: Sequence[CompletionOutput]) -> None:
-        """Takes one step's deltas in."""
+    def update(self, num_tokens: int, num_finished: int) -> None:
+        """Takes one step in: its tokens, and how many samples it finished."""
         if self._bar is None:
             return
-        self._tokens += sum(len(delta.token_ids) for delta in deltas)
-        self._done += sum(delta.finished for delta in deltas)
+        self._tokens += num_tokens
+        self._done += num_finished
         rate = self._tokens / max(time.perf_counter() - self._begin, 1e-9)
         self._bar.update(self._task, completed=self._done, rate=rate)
 

@@ -175,6 +175,7 @@ class Simulation:
         self.in_flight: deque[tuple[Batch, list[list[int]]]] = deque()
         self.alive: dict[str, Request] = {}
         self.deadlines: dict[str, int] = {}
+        self.begun: set[str] = set()  # ids of requests that got tokens
         self.num_calls = 0  # of schedule
         self.num_steps = 0  # of these, with a batch
         self.num_ended = {status: 0 for status in Status if status.ended}
@@ -217,6 +218,8 @@ class Simulation:
         )
         config = self.case.config
         limit = min(len(prompt) + max_tokens, config.max_model_len)
+        if self._ids % 2:
+            self.cache.name_pages(request)
         try:
             self.scheduler.add(request)
         except InvalidRequestError:
@@ -262,8 +265,16 @@ class Simulation:
 
     def finish(self) -> None:
         batch, results = self.in_flight.popleft()
-        for update in self.scheduler.finish(batch, results):
+        tokens: list[int | list[int]] = list(results)
+        if self.num_steps % 2:  # both ways to say that it is one
+            tokens = [new[0] if len(new) == 1 else new for new in results]
+        progress = self.scheduler.finish(batch, tokens)
+        for request, token in zip(progress.requests, progress.tokens, strict=True):
+            assert self.alive[request.id] is request and not request.status.ended and request.tokens[-1] == token
+            assert request.id in self.begun, "its first tokens say more"
+        for update in progress.updates:
             self._take(update)
+            self.begun.add(update.request.id)
 
     def step(self) -> None:
         """The engine's loop: launch, then read what has been in flight for long enough."""
@@ -290,6 +301,8 @@ class Simulation:
         assert batch.num_tokens == sum(lengths) <= config.max_num_batched_tokens
         assert min(lengths) >= 1 and all(length > 1 for length in lengths[lengths.count(1) :]), "single rows come first"
         assert len({row.slot for row in rows}) == len(rows) <= config.max_num_seqs, "two rows of a slot"
+        fed = [row.length == 1 and row.samples and row.start >= len(row.request.tokens) for row in rows]
+        assert all(fed[: batch.num_fed]) and not any(fed[batch.num_fed :]), "rows that the device feeds come first"
         for row in rows:
             request = row.request
             assert self.alive.get(request.id) is request and request.slot == row.slot

@@ -183,6 +183,37 @@ def test_groups_are_checked() -> None:
         KVCache([CacheGroup("full", 1, 4)])
 
 
+def test_pages_named_at_arrival_are_those_named_late() -> None:
+    cache = KVCache([FULL])
+    cache.free(compute(cache, request(TOKENS)))
+    early, late = request([*TOKENS, 99]), request([*TOKENS, 99])
+    cache.name_pages(early)
+    assert early.names is not None and len(early.names.pages) == 3
+    assert hit(cache, early) == hit(cache, late) == 12
+    assert early.pages.chain == late.pages.chain  # type: ignore[union-attr]
+    salted = request([*TOKENS, 99], cache_salt="pepper")
+    cache.name_pages(salted)
+    assert hit(cache, salted) == 0
+
+
+def test_names_of_other_weights_are_void() -> None:
+    cache = KVCache([FULL])
+    early = request([*TOKENS, 99])
+    cache.name_pages(early)
+    cache.reset_prefix_cache()
+    cache.free(compute(cache, request(TOKENS)))
+    assert hit(cache, early) == 12
+
+
+def test_names_do_not_verify() -> None:
+    """A hash that collides is a miss, wherever it was made."""
+    cache = KVCache([FULL], hash_page=lambda parent, content: b"same")
+    compute(cache, request(TOKENS))
+    other = request([5, 5, 5, 5, 99])
+    cache.name_pages(other)
+    assert hit(cache, other) == 0
+
+
 def test_equal_prefixes_share_a_node_and_dead_ones_vanish() -> None:
     index = PrefixIndex(1)
     root = index.root(0, "", None)

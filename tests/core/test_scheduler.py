@@ -35,9 +35,10 @@ def rows(batch: Batch | None) -> list[tuple[str, int, int, bool]]:
 
 def finish(scheduler: Scheduler, batch: Batch | None, token: int = 9) -> dict[str, Update]:
     assert batch is not None
-    updates = scheduler.finish(batch, [[token] if row.samples else [] for row in batch.rows])
+    progress = scheduler.finish(batch, [token if row.samples else [] for row in batch.rows])
     scheduler.check()
-    return {update.request.id: update for update in updates}
+    plain = {r.id: Update(r, [t], r.status) for r, t in zip(progress.requests, progress.tokens, strict=True)}
+    return plain | {update.request.id: update for update in progress.updates}
 
 
 def step(scheduler: Scheduler, token: int = 9) -> list[tuple[str, int, int, bool]]:
@@ -145,8 +146,8 @@ def test_several_tokens_end_at_the_first_stop_token_or_at_the_limit() -> None:
     a, b, c = add(scheduler, request("a", 3), request("b", 3, max_tokens=2), request("c", 3))
     batch = scheduler.schedule(0.0)
     assert batch is not None
-    updates = scheduler.finish(batch, [[7, STOP, 8], [7, 7, 7], [7, 7, 7]])
-    assert updates == [
+    progress = scheduler.finish(batch, [[7, STOP, 8], [7, 7, 7], [7, 7, 7]])
+    assert progress.updates == [
         Update(a, [7, STOP], Status.STOPPED),
         Update(b, [7, 7], Status.LENGTH),
         Update(c, [7, 7, 7], Status.RUNNING),

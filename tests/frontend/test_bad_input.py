@@ -149,6 +149,8 @@ def test_one_bad_prompt_of_many_starts_none(beside):
         beside.generate([[5], [6]], [GOOD])
     with pytest.raises(InvalidRequestError, match="priority"):
         beside.generate([[5], [6]], GOOD, priority=[1])
+    with pytest.raises(InvalidRequestError, match="priority=1: must be 0 under scheduling_policy='fcfs'"):
+        beside.generate([[5], [6]], GOOD, priority=[0, 1])
     with pytest.raises(InvalidRequestError, match="priority='high'"):
         beside.generate([[5]], GOOD, priority=["high"])
     with pytest.raises(InvalidRequestError, match="cache_salt"):
