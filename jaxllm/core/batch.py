@@ -29,9 +29,11 @@ class Row:
 
 @dataclasses.dataclass(slots=True)
 class Batch:
-    """Rows of one query token stand first; of these, the first `num_fed` compute a token that only the device knows yet,
-    and sample the next: the decodes of a step that overlaps the one before. `new_slots` tells which rows' requests have just been given their slot:
-    the runner uploads what such a slot needs (sampling parameters, token history, masks).
+    """Rows of one query token stand first. Of these, the first `num_fed` compute a token that only the device knows as
+    yet, and sample the next one: the decodes of a step that overlaps the one before.
+
+    `new_slots` tells which rows' requests have just been given their slot: the runner uploads what such a slot needs
+    (sampling parameters, token history, masks).
 
     `page_updates[g]` lists (slot, index, page): entry `index` of the slot's page table in cache group g is now `page`.
     They include every page of a newly admitted request; entries of released pages (0) need not be sent.

@@ -4,7 +4,7 @@ import dataclasses
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter
 
 from jaxllm.core.batch import Batch, Row
@@ -33,8 +33,11 @@ class Update:
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """What a step brought. Most requests got one token and there is nothing else to say of them (`Request.plain`): these
-    are `requests` and `tokens`, side by side, so that no object is made for a token. `updates` are all others."""
+    """What a step brought.
+
+    Most requests get one token and there is nothing else to say of them (`Request.plain`): these are `requests` and
+    `tokens`, side by side, so that no object is made for a token. `updates` are all others.
+    """
 
     requests: list[Request]
     tokens: list[int]
@@ -80,6 +83,8 @@ class Scheduler:
         self._running: list[Request] = []  # by rank
         self._heap: list[tuple[tuple[int, float, int], Request]] = []  # waiting and admissible, by rank; ended ones too
         self._followers: dict[str, list[Request]] = {}  # waiting for their leader, by its id
+        self._only: Collection[Request] | None = None  # see `restrict`
+        self._held: list[Request] = []  # would be in the heap, but for `restrict`
         self._in_flight: deque[Batch] = deque()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._num_waiting_tokens = 0  # prompt tokens of waiting requests
@@ -162,6 +167,14 @@ class Scheduler:
         while self._running:
             self._preempt_worst()
         self.kv_cache.reset_prefix_cache()
+
+    def restrict(self, only: Collection[Request] | None) -> None:
+        """From now on admits nobody but these; None: everybody again. Those that run already go on."""
+        queued = [request for _, request in self._heap] + self._held
+        self._only, self._heap, self._held = only, [], []
+        for request in queued:
+            if request.status is Status.WAITING:
+                self._push(request)
 
     # A step begins
 
@@ -284,7 +297,10 @@ class Scheduler:
         return heap[0][1] if heap else None
 
     def _push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.rank, request))
+        if self._only is None or request in self._only:
+            heapq.heappush(self._heap, (request.rank, request))
+        else:
+            self._held.append(request)
 
     def _preempt_for_priority(self) -> None:
         """Makes room for the best waiting request by preempting those of strictly worse priority, if that helps."""
@@ -351,7 +367,7 @@ class Scheduler:
     # A step ends
 
     def finish(self, batch: Batch, tokens: Sequence[int | list[int]]) -> Progress:
-        """Takes in the oldest launched step's sampled tokens: tokens[i] are row i's, one or a list ([]: it sampled none).
+        """Takes in the oldest launched step's sampled tokens: tokens[i] are row i's, one or a list ([] if it has none).
 
         Rows whose request has ended meanwhile are dropped; tokens after a stop token or beyond the limit too. Returns
         the requests that got tokens. Raises ValueError if it is not that batch's turn.
@@ -446,7 +462,7 @@ class Scheduler:
         slots = [r.slot for r in running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         assert self._num_waiting_tokens == sum(r.num_prompt_tokens for r in waiting), "waiting tokens miscounted"
-        queued = [r for _, r in self._heap if r.status is Status.WAITING]
+        queued = [r for r in [*(r for _, r in self._heap), *self._held] if r.status is Status.WAITING]
         queued += [r for rs in self._followers.values() for r in rs if r.status is Status.WAITING]
         queued += [r for r in waiting if r.num_pending]
         assert len(queued) == len(waiting) and set(queued) == set(waiting), "a waiting request is lost or queued twice"

@@ -6,8 +6,10 @@ pending = launch(schedule()); finish(previous); previous = pending
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from jaxllm.core.batch import Batch
 from jaxllm.core.kv_cache import KVCache
 from jaxllm.core.request import FINISH_REASONS, Request, Status
 from jaxllm.core.scheduler import Scheduler, Update
@@ -23,7 +25,8 @@ from jaxllm.engine.messages import (
     Utility,
     UtilityResult,
 )
-from jaxllm.engine.runner import Launched, RowDetail, Runner, TokenLogprobs
+from jaxllm.engine.recovery import CulpritSearch
+from jaxllm.engine.runner import Launched, RowDetail, Runner, StepResult, TokenLogprobs
 from jaxllm.errors import InvalidRequestError, QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class EngineCore:
         self._bad_words: dict[str, list[list[int]]] = {}
         self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}
         self._previous: Launched | None = None
+        self._search = CulpritSearch()
         self._outbox: list[SequenceOutput | UtilityResult] = []
         self._ids: list[str] = []  # see StepOutputs
         self._tokens: list[int] = []
@@ -174,19 +178,46 @@ class EngineCore:
 
     def step(self) -> list[StepOutputs | UtilityResult]:
         """Launches the next step, then reads the one before. May return nothing while the pipeline fills."""
+        if self._search.advance():
+            for scheduler in self.schedulers:
+                scheduler.restrict(self._search.trial)
         now = time.monotonic()
         batches = [scheduler.schedule(now) for scheduler in self.schedulers]
-        launched = self.runner.launch(batches, self._bad_words) if any(batches) else None
+        try:
+            launched = self.runner.launch(batches, self._bad_words) if any(batches) else None
+        except Exception as error:
+            self._recover(batches, error)
+            return self._drain()
         if launched is not None and self._warm_up:
             self._warm_up = False  # after the first step has what it needs
             self.runner.executables.prepare(warm_up_order(self.runner.plan))
         previous, self._previous = self._previous, launched
         if previous is not None:
-            self._read(previous)
+            try:
+                results = self.runner.read(previous)
+            except Exception as error:
+                self._recover(previous.batches, error)
+                return self._drain()
+            self._search.step_passed()
+            self._take(previous, results)
         return self._drain()
 
-    def _read(self, launched: Launched) -> None:
-        results = self.runner.read(launched)
+    def _recover(self, batches: Sequence[Batch | None], error: Exception) -> None:
+        """A step has raised, and the caches that it was given are lost: recomputes everything, and finds whose fault it
+        was. Raises the error if it is nobody's."""
+        try:
+            culprit = self._search.step_failed(row.request for batch in batches if batch for row in batch.rows)
+        except LookupError as reason:
+            raise error from reason
+        logger.warning("a step has failed: all its requests are recomputed", exc_info=error)
+        self._previous = None
+        self.runner.reset()
+        for scheduler in self.schedulers:
+            scheduler.recompute_all()
+        if culprit is not None:
+            self._fail(culprit.id, f"the steps that it is in fail: {type(error).__name__}: {error}")
+
+    def _take(self, launched: Launched, results: list[StepResult]) -> None:
         for scheduler, batch, result in zip(self.schedulers, launched.batches, results, strict=True):
             if batch is None:
                 continue
@@ -196,7 +227,7 @@ class EngineCore:
                 if scheduler.requests.get(request.id) is not request:
                     continue  # it has ended meanwhile; the id may be another request's by now
                 if not detail.finite:
-                    self._fail(request.id, scheduler)
+                    self._fail(request.id, "the logits hold NaN or infinity, or every token is forbidden")
                 else:
                     by_id[request.id] = detail
                     self._collect(request, detail)
@@ -208,10 +239,9 @@ class EngineCore:
                 if update.ended:
                     self._forget(update.request.id)
 
-    def _fail(self, request_id: str, scheduler: Scheduler) -> None:
-        scheduler.finish_request(request_id, Status.ERROR)
+    def _fail(self, request_id: str, error: str) -> None:
+        self.schedulers[self._rank_of[request_id]].finish_request(request_id, Status.ERROR)
         self._forget(request_id)
-        error = "the logits hold NaN or infinity, or every token is forbidden"
         logger.warning("request %s: %s", request_id, error)
         self._outbox.append(SequenceOutput(request_id, [], finish_reason="error", error=error))
 

@@ -85,7 +85,7 @@ class StepLayout:
             rows[batch.num_fed : count, START : SAMPLES + 1] = heads
         out[:HEADER] = count, num_decodes, at
         rows[:count, SLOT] = slots
-        rows[:count, SAMPLES + 1 :] = params.take(slots, 0)  # `forward` puts in the positions, which it alone knows
+        rows[:count, SAMPLES + 1 :] = params.take(slots, np.zeros(count, np.int32))  # `forward` sets the positions
         for group, entries in enumerate(batch.page_updates):
             if entries:
                 updates[group, : len(entries)] = np.fromiter(chain.from_iterable(entries), np.int32).reshape(-1, 3)

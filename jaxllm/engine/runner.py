@@ -131,14 +131,20 @@ class Runner:
         self.vocab_size = shape.vocab_size
         self.num_ranks = lowering.ranks
         self._by_rank, self._everywhere = sharded_by_rank(mesh), replicated(mesh)
-        self._caches = [_zeros(spec) for spec in lowering.caches()]
-        self._state: SlotState = jax.tree.map(_zeros, lowering.state())
-        self._history = _zeros(lowering.tables()["history"])
-        self._tables: dict[str, jax.Array] | None = None
+        self._lowering = lowering
+        self.reset()
         self._params = [SlotParams(plan.scheduler.max_num_seqs) for _ in range(self.num_ranks)]
         self._needs = [np.zeros(plan.scheduler.max_num_seqs, np.uint8) for _ in range(self.num_ranks)]  # see _need_of
         self._row_rungs = row_rungs(plan.scheduler.max_num_seqs)
         self.num_steps = self.num_scheduled_tokens = self.num_padded_tokens = 0
+
+    def reset(self) -> None:
+        """Makes the caches and the slots' state, all zeros; what was there and steps under way are lost."""
+        self._caches: list[jax.Array] = []  # the old ones go first
+        self._caches = [_zeros(spec) for spec in self._lowering.caches()]
+        self._state: SlotState = jax.tree.map(_zeros, self._lowering.state())
+        self._history = _zeros(self._lowering.tables()["history"])
+        self._tables: dict[str, jax.Array] | None = None
 
     # Launching
 

@@ -54,8 +54,8 @@ class RequestCollector:
         return list(self._index)
 
     def open_lists(self) -> dict[str, list[int]]:
-        """By sequence id where a caller who reads no deltas may put lone tokens itself, in place of `add_token`: text is
-        made of them later, all at once. Empty where a stop string may end the request."""
+        """By sequence id, lists to which a caller who reads no deltas may append lone tokens, in place of `add_token`:
+        their text is made later, all at once. None where a stop string may end the request."""
         if self._needs_text:
             return {}
         return {sequence_id: self.output.outputs[index].token_ids for sequence_id, index in self._index.items()}

@@ -32,8 +32,8 @@ Prompt = str | Sequence[int] | TokensPrompt | TextPrompt
 
 @dataclasses.dataclass(frozen=True)
 class ModelLimits:
-    """What requests are checked against: vocab_size in tokens, max_model_len in prompt and output tokens, and the policy
-    that orders them."""
+    """What requests are checked against: vocab_size in tokens, max_model_len in prompt and output tokens, and the
+    policy that orders them."""
 
     vocab_size: int
     max_model_len: int

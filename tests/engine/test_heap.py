@@ -1,4 +1,4 @@
-"""The garbage collector while steps run: what was there before is left alone, and everything is as before afterwards."""
+"""The garbage collector while steps run: what was there before is left alone, and all is as before afterwards."""
 
 import gc
 import subprocess

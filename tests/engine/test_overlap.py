@@ -108,10 +108,11 @@ def test_ctrl_c_leaves_a_whole_engine(own, monkeypatch, where):
     assert own.stats()["running"] == own.stats()["waiting"] == 0
 
 
-def test_a_step_that_raises_ends_the_engine_for_good(own, monkeypatch):
+def test_a_scheduler_that_raises_ends_the_engine_for_good(own, monkeypatch):
+    """What a request can bring about is another matter, see test_recovery.py."""
     stream = own.stream([8, 9], GREEDY)
     next(stream)
-    monkeypatch.setattr(own._client._core.runner, "read", lambda step: 1 / 0)
+    monkeypatch.setattr(own._client._core.schedulers[0], "finish", lambda batch, tokens: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         own.generate([5, 6, 7], GREEDY)
     for _ in range(2):

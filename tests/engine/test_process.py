@@ -1,4 +1,4 @@
-"""The loop of the core's process: nobody waits longer than a step to be seen, and nothing turns while nothing is to do."""
+"""The loop of the core's process: nobody waits longer than a step to be seen, and nothing turns while it is idle."""
 
 import socket
 import threading
