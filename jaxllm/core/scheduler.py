@@ -1,7 +1,6 @@
 """What runs in the next step: each request's computed tokens catch up with its known ones, under one token budget."""
 
 import dataclasses
-import heapq
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -11,6 +10,7 @@ from jaxllm.core.batch import Batch, Row
 from jaxllm.core.kv_cache import KVCache, PageUpdates
 from jaxllm.core.request import Request, Status
 from jaxllm.core.scheduler_config import SchedulerConfig
+from jaxllm.core.waiting import WaitingQueue
 from jaxllm.errors import InvalidRequestError, QueueFullError
 
 __all__ = ["Progress", "Scheduler", "SchedulerConfig", "Update"]
@@ -81,10 +81,8 @@ class Scheduler:
         self.requests: dict[str, Request] = {}  # all that have not ended
         self.num_preemptions = 0
         self._running: list[Request] = []  # by rank
-        self._heap: list[tuple[tuple[int, float, int], Request]] = []  # waiting and admissible, by rank; ended ones too
+        self._waiting = WaitingQueue()  # all that wait but followers and those with a token still under way
         self._followers: dict[str, list[Request]] = {}  # waiting for their leader, by its id
-        self._only: Collection[Request] | None = None  # see `restrict`
-        self._held: list[Request] = []  # would be in the heap, but for `restrict`
         self._in_flight: deque[Batch] = deque()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._num_waiting_tokens = 0  # prompt tokens of waiting requests
@@ -107,7 +105,7 @@ class Scheduler:
         if leader is not None and not self._prompt_is_computed(leader):
             self._followers.setdefault(leader.id, []).append(request)
         else:
-            self._push(request)
+            self._waiting.push(request)
 
     def _check_servable(self, request: Request) -> None:
         num_tokens, max_model_len = len(request.tokens), self.config.max_model_len
@@ -152,9 +150,7 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self._running.remove(request)
         self._end(request, status)
-        if len(self._heap) > 2 * self.num_waiting + 64:  # mostly ended requests
-            self._heap = [entry for entry in self._heap if entry[1].status is Status.WAITING]
-            heapq.heapify(self._heap)
+        self._waiting.prune(self.num_waiting)
         return Update(request, [], status)
 
     def recompute_all(self) -> None:
@@ -162,7 +158,7 @@ class Scheduler:
         self._in_flight.clear()
         for request in self.requests.values():
             if request.num_pending and request.status is Status.WAITING:
-                self._push(request)
+                self._waiting.push(request)
             request.num_pending = 0
         while self._running:
             self._preempt_worst()
@@ -170,11 +166,7 @@ class Scheduler:
 
     def restrict(self, only: Collection[Request] | None) -> None:
         """From now on admits nobody but these; None: everybody again. Those that run already go on."""
-        queued = [request for _, request in self._heap] + self._held
-        self._only, self._heap, self._held = only, [], []
-        for request in queued:
-            if request.status is Status.WAITING:
-                self._push(request)
+        self._waiting.restrict(only)
 
     # A step begins
 
@@ -242,13 +234,13 @@ class Scheduler:
     def _admit_waiting(self, plan: _Plan) -> None:
         """Admits the best waiting requests, strictly in order: nobody overtakes one that waits for pages or a slot."""
         while plan.budget and not plan.pages_short and self._free_slots:
-            request = self._best_waiting()
+            request = self._waiting.best()
             if request is None:
                 return
             prefix = self.kv_cache.find_prefix(request, self._leader(request))
             if max(self.kv_cache.missing_pages(request, prefix, headroom=len(self._running))) > 0:
                 return
-            heapq.heappop(self._heap)
+            self._waiting.pop()
             request.status = Status.RUNNING
             request.slot = self._free_slots.pop()
             self._num_waiting_tokens -= request.num_prompt_tokens
@@ -290,21 +282,9 @@ class Scheduler:
 
     # Who waits, who gives way
 
-    def _best_waiting(self) -> Request | None:
-        heap = self._heap
-        while heap and heap[0][1].status is not Status.WAITING:
-            heapq.heappop(heap)
-        return heap[0][1] if heap else None
-
-    def _push(self, request: Request) -> None:
-        if self._only is None or request in self._only:
-            heapq.heappush(self._heap, (request.rank, request))
-        else:
-            self._held.append(request)
-
     def _preempt_for_priority(self) -> None:
         """Makes room for the best waiting request by preempting those of strictly worse priority, if that helps."""
-        request = self._best_waiting()
+        request = self._waiting.best()
         if request is None or not self._running or self._running[-1].priority <= request.priority:
             return
         prefix = self.kv_cache.find_prefix(request, self._leader(request))
@@ -329,7 +309,7 @@ class Scheduler:
         self.num_preemptions += 1
         self._num_waiting_tokens += request.num_prompt_tokens
         if not request.num_pending:  # else `finish` queues it with its last pending token
-            self._push(request)
+            self._waiting.push(request)
 
     def _release(self, request: Request, forget: bool = False) -> None:
         self.kv_cache.free(request, forget)
@@ -362,7 +342,7 @@ class Scheduler:
     def _wake_followers(self, leader: Request) -> None:
         for request in self._followers.pop(leader.id, ()):
             if request.status is Status.WAITING:
-                self._push(request)
+                self._waiting.push(request)
 
     # A step ends
 
@@ -408,7 +388,7 @@ class Scheduler:
                     request.plain = request.params.logprobs is None
                     progress.updates.append(Update(request, accepted, status))
             if status is waiting and not request.num_pending:
-                self._push(request)
+                self._waiting.push(request)
         if any_ended:
             self._running = [request for request in self._running if request.status is running]
         return progress
@@ -462,7 +442,7 @@ class Scheduler:
         slots = [r.slot for r in running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         assert self._num_waiting_tokens == sum(r.num_prompt_tokens for r in waiting), "waiting tokens miscounted"
-        queued = [r for r in [*(r for _, r in self._heap), *self._held] if r.status is Status.WAITING]
+        queued = list(self._waiting)
         queued += [r for rs in self._followers.values() for r in rs if r.status is Status.WAITING]
         queued += [r for r in waiting if r.num_pending]
         assert len(queued) == len(waiting) and set(queued) == set(waiting), "a waiting request is lost or queued twice"

@@ -258,7 +258,7 @@ def test_aborted_waiting_requests_do_not_pile_up() -> None:
     for i in range(1000):
         scheduler.add(request(f"w{i}"))
         scheduler.abort(f"w{i}")
-    assert len(scheduler._heap) < 100
+    assert len(scheduler._waiting._heap) < 100
 
 
 # Who runs, who gives way
@@ -451,6 +451,27 @@ def test_a_chunk_is_not_cut_below_half() -> None:
 
 
 # After a failed step
+
+
+def test_restricted_to_some_the_others_wait() -> None:
+    scheduler = make()
+    a, b, c = add(scheduler, request("a", 5), request("b", 5), request("c", 5))
+    step(scheduler)
+    scheduler.recompute_all()
+    scheduler.restrict({b})
+    scheduler.check()
+    assert step(scheduler) == [("b", 0, 6, True)]
+    (d,) = add(scheduler, request("d", 3))
+    follower = request("e", 5, leader="b")
+    scheduler.add(follower)
+    assert step(scheduler) == [("b", 6, 1, True)]
+    scheduler.abort("c")
+    scheduler.restrict({a})
+    scheduler.check()
+    assert step(scheduler) == [("b", 7, 1, True), ("a", 0, 6, True)]
+    scheduler.restrict(None)
+    scheduler.check()
+    assert {id for id, *_ in step(scheduler)} == {"a", "b", "d", "e"}
 
 
 def test_recompute_all_starts_over_from_the_known_tokens() -> None:
