@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """How much of a step is the host's own work: the real engine over a device that answers at once.
 
-    PYTHONPATH=. python scripts/bench_host.py [--rows 1 64 256] [--steps 300]
+    PYTHONPATH=. python scripts/bench_host.py [--rows 1 64 256] [--steps 300] [--prompt 128] [--cached]
 
-The scheduler, the packing, the runner's bookkeeping, the messages and the front end are the engine's own; only the
-executables are replaced by ones that return ready arrays. Prints microseconds a step: medians by part, and the 50th and
-99th percentile of the whole, for decode steps and for the step that admits all prompts at once.
+The front door, the scheduler, the packing, the runner's bookkeeping and the messages are the engine's own, the transfer
+of the packed array included; only the executables are replaced by functions that return ready arrays, so that what JAX
+takes to call an executable is left out. One process; encoding and decoding of messages are measured beside.
+
+Prints microseconds a step of decodes: medians by part, the median, the 99th percentile and the largest of the whole;
+then in milliseconds the longest step that admitted prompts, and of it what `schedule` took.
 """
 
 import argparse
@@ -45,6 +48,7 @@ CONFIG = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+PARTS = ("schedule", "pack", "launch", "read", "finish", "core", "front end", "encode", "decode")  # exclusive times
 
 
 class InstantExecutables:
@@ -57,9 +61,6 @@ class InstantExecutables:
 
     def first_ready(self, keys: list[Any]) -> Any:
         return keys[0]
-
-    def ready(self, key: Any) -> bool:
-        return True
 
     def prepare(self, keys: Any) -> None:
         pass
@@ -100,114 +101,112 @@ class Clock:
             finally:
                 now[part] += time.perf_counter() - begin
 
-        object.__setattr__(owner, method, timed)
+        object.__setattr__(owner, method, timed)  # the layout is a frozen dataclass
+
+    def count(self, owner: Any, method: str, part: str) -> None:
+        """Notes under `part` how many rows of the batch that `owner.method` returns have just got their slot."""
+        original, now = getattr(owner, method), self.now
+
+        def counted(*args: Any) -> Any:
+            batch = original(*args)
+            now[part] += len(batch.new_slots) if batch else 0
+            return batch
+
+        setattr(owner, method, counted)
 
     def end_step(self) -> None:
-        self.steps.append(dict(self.now))
+        self.steps.append(defaultdict(float, self.now))
         self.now.clear()
 
 
-PARTS = ("schedule", "pack", "launch, rest", "read", "finish", "core, rest", "front end", "encode", "decode")
+def exclusive(step: dict[str, float]) -> dict[str, float]:
+    """A step's times by PARTS, what is inside another part taken out of it."""
+    inside_core = step["schedule"] + step["launch"] + step["read"] + step["finish"]
+    return {
+        **{name: step[name] for name in ("schedule", "pack", "read", "finish", "encode", "decode")},
+        "launch": step["launch"] - step["pack"],
+        "core": step["core"] - inside_core,
+        "front end": step["turn"] - step["core"] - step["encode"] - step["decode"],
+    }
 
 
-def parts_of(step: dict[str, float]) -> dict[str, float]:
-    """A step's exclusive times."""
-    found = {name: step.get(name, 0.0) for name in ("schedule", "pack", "read", "finish", "encode", "decode")}
-    found["launch, rest"] = step.get("launch", 0.0) - found["pack"]
-    inside = found["schedule"] + step.get("launch", 0.0) + found["read"] + found["finish"]
-    found["core, rest"] = step.get("core", 0.0) - inside
-    found["front end"] = step["turn"] - step.get("core", 0.0)
-    return found
-
-
-def measure(llm: LLM, clock: Clock, rows: int, steps: int, prompt_length: int, cached: bool) -> None:
-    """Runs `rows` requests of `steps` tokens through the front door."""
-    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
-    rng = np.random.default_rng(rows)
-    prompts = rng.integers(3, CONFIG["vocab_size"], (rows, prompt_length)).tolist()
-    llm.reset_prefix_cache()
-    if cached:
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False))
-    clock.now.clear()
-    clock.steps.clear()
-    begin = time.perf_counter()
-    llm.generate(prompts, params)
-    seconds = time.perf_counter() - begin
-    # A prompt's step is one in which something was admitted; the rest are decodes.
-    decodes = clock.steps[-steps + 10 : -2]
-    total = sorted(step["turn"] for step in decodes)
-    parts = [parts_of(step) for step in decodes]
-    cells = [f"{1e6 * statistics.median(part[name] for part in parts):8.0f}" for name in PARTS]
-    if os.environ.get("WORST"):
-        worst = max(decodes, key=lambda s: s["turn"])
-        print({k: round(1e6 * v) for k, v in parts_of(worst).items()})
-    p50, p99 = total[len(total) // 2], total[int(len(total) * 0.99)]
-    first = max(step.get("schedule", 0.0) for step in clock.steps[:-steps])
-    print(
-        f"{rows:5d} {prompt_length:6d}",
-        *cells,
-        f"{1e6 * p50:8.0f} {1e6 * p99:8.0f} {1e3 * max(total):8.2f} {1e3 * first:10.2f} {seconds:7.2f}",
-        flush=True,
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--steps", type=int, default=300, help="tokens of each request")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--cached", action="store_true", help="all prompts are in the prefix cache")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps(CONFIG))
-        llm = LLM(
-            directory,
-            load_format="dummy",
-            max_num_seqs=256,
-            max_num_batched_tokens=8192,
-            token_rungs=(1, 8, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096, 8192),
-            page_size=64,
-            warm_up=False,
-        )
+def instrument(llm: LLM, clock: Clock) -> None:
+    """Replaces the engine's executables and counts its parts."""
     core = llm._client._core  # type: ignore[attr-defined]
     core.runner.executables.wait()  # else its threads take part of the time
     core.runner.executables = InstantExecutables()
-    clock = Clock()
-    clock.time(core, "step", "core")
+    clock.count(core.schedulers[0], "schedule", "admitted")
     clock.time(core.schedulers[0], "schedule", "schedule")
     clock.time(core.schedulers[0], "finish", "finish")
     clock.time(core.runner, "launch", "launch")
     clock.time(core.runner, "read", "read")
     clock.time(core.runner.layout, "pack", "pack")
-    original = llm._receive
+    clock.time(core, "step", "core")
+    receive, turn = llm._client.receive, llm._receive
 
-    def turn() -> Any:
+    def receive_coded(timeout: float) -> Any:
+        messages = receive(timeout)
+        middle = time.perf_counter()
+        sent = [encode(message) for message in messages]
+        end = time.perf_counter()
+        found = [decode(data) for data in sent]
+        clock.now["encode"], clock.now["decode"] = end - middle, time.perf_counter() - end
+        return found
+
+    def timed_turn() -> Any:
         begin = time.perf_counter()
-        news = original()
+        news = turn()
         clock.now["turn"] = time.perf_counter() - begin
         clock.end_step()
         return news
 
-    llm._receive = turn  # type: ignore[method-assign]
-    receive = llm._client.receive
+    llm._client.receive = receive_coded  # type: ignore[method-assign]
+    llm._receive = timed_turn  # type: ignore[method-assign]
 
-    def received(timeout: float) -> Any:
-        messages = receive(timeout)
-        if options.messages:
-            begin = time.perf_counter()
-            sent = [encode(message) for message in messages]
-            middle = time.perf_counter()
-            messages = [decode(message) for message in sent]
-            clock.now["encode"], clock.now["decode"] = middle - begin, time.perf_counter() - middle
-        return messages
 
-    llm._client.receive = received  # type: ignore[method-assign]
-    options.messages = True
-    titles = ("rows", "prompt", *PARTS, "p50", "p99", "max ms", "admit ms", "s")
-    print(" ".join(f"{t:>{w}}" for t, w in zip(titles, (5, 6, *[8] * 11, 8, 10, 7), strict=True)))
-    for rows in options.rows:
-        measure(llm, clock, rows, options.steps, options.prompt, options.cached)
-    llm.close()
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+
+
+def measure(llm: LLM, clock: Clock, rows: int, steps: int, prompt_length: int, cached: bool) -> str:
+    """Runs `rows` requests of `steps` tokens through the front door; a line of figures."""
+    prompts = np.random.default_rng(rows).integers(3, CONFIG["vocab_size"], (rows, prompt_length)).tolist()
+    llm.reset_prefix_cache()
+    if cached:
+        llm.generate(prompts, greedy(1))
+    clock.now.clear()
+    clock.steps.clear()
+    llm.generate(prompts, greedy(steps))
+    last = max(i for i, step in enumerate(clock.steps) if step["admitted"])
+    decodes = clock.steps[last + 3 : -3]
+    parts = [exclusive(step) for step in decodes]
+    whole = sorted(1e6 * step["turn"] for step in decodes)
+    cells = [1e6 * statistics.median(part[name] for part in parts) for name in PARTS]
+    cells += [whole[len(whole) // 2], whole[int(len(whole) * 0.99)], whole[-1]]
+    admission = max((step for step in clock.steps if step["admitted"]), key=lambda step: step["turn"])
+    text = "".join(f"{cell:10.0f}" for cell in cells)
+    return f"{rows:5d}{text}{1e3 * admission['turn']:10.2f}{1e3 * admission['schedule']:10.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256], help="requests that run at once")
+    parser.add_argument("--steps", type=int, default=300, help="tokens of each request")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--cached", action="store_true", help="all prompts are in the prefix cache")
+    options = parser.parse_args()
+    rungs = (1, 8, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
+    sizes: dict[str, Any] = dict(max_num_seqs=256, max_num_batched_tokens=8192, token_rungs=rungs, page_size=64)
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "config.json").write_text(json.dumps(CONFIG))
+        llm = LLM(directory, load_format="dummy", warm_up=False, **sizes)
+    clock = Clock()
+    with llm:
+        instrument(llm, clock)
+        titles = (*PARTS, "p50", "p99", "max", "admit ms", "schedule")
+        print(f"{'rows':>5}" + "".join(f"{title:>10}" for title in titles))
+        for rows in options.rows:
+            print(measure(llm, clock, rows, options.steps, options.prompt, options.cached), flush=True)
 
 
 if __name__ == "__main__":

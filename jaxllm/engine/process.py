@@ -14,7 +14,7 @@ import msgspec
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import heap
-from jaxllm.engine.messages import Dead, decode, encode
+from jaxllm.engine.messages import Dead, Utility, decode, encode
 
 
 def main() -> None:
@@ -51,6 +51,8 @@ def serve(connection: Connection) -> None:
                 if isinstance(message, BaseException):
                     raise message
                 core.handle(message)
+                if isinstance(message, Utility) and message.name == "warm_up":
+                    heap.freeze()  # what tracing all the executables has left, too
             for output in core.step():
                 connection.send_bytes(encode(output))
     finally:

@@ -55,7 +55,7 @@ def served(monkeypatch):
     """A core, and the parent's end of its connection."""
     core = Core()
     monkeypatch.setattr(build, "build_core", lambda config: core)
-    monkeypatch.setattr(heap, "freeze", lambda: None)  # this process is pytest's
+    monkeypatch.setattr(heap, "freeze", lambda: core.log.append("freeze"))  # this process is pytest's
     ours, theirs = socket.socketpair()
     parent = Connection(ours.detach())
 
@@ -87,10 +87,10 @@ def test_what_comes_during_a_step_is_prepared_meanwhile_and_handled_before_the_n
     deadline = time.monotonic() + 10
     while "prepare 3" not in core.log and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert core.log == ["prepare 1", "handle 1", "step", "prepare 2", "prepare 3"]
+    assert core.log == ["freeze", "prepare 1", "handle 1", "step", "prepare 2", "prepare 3"]
     core.gate.set()
     received = [decode(parent.recv_bytes()) for _ in range(4)]
-    assert core.log[5:] == ["handle 2", "handle 3", "step", "step", "step"]
+    assert core.log[6:] == ["handle 2", "handle 3", "step", "step", "step"]
     assert [type(message) for message in received] == [StepOutputs, StepOutputs, StepOutputs, UtilityResult]
 
 
@@ -101,4 +101,12 @@ def test_an_idle_core_does_not_turn(served):
         parent.recv_bytes()
     log = list(core.log)
     time.sleep(0.1)
-    assert core.log == log == ["prepare 1", "handle 1", "step", "step", "step"]
+    assert core.log == log == ["freeze", "prepare 1", "handle 1", "step", "step", "step"]
+
+
+def test_what_warming_up_leaves_is_frozen_too(served):
+    core, parent = served
+    parent.send_bytes(encode(Utility(1, "warm_up")))
+    for _ in range(3):
+        parent.recv_bytes()
+    assert core.log == ["freeze", "prepare 1", "handle 1", "freeze", "step", "step", "step"]

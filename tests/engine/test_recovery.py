@@ -43,8 +43,9 @@ def break_steps(llm: LLM, monkeypatch, where: str, faulty: Callable[[Batch], boo
     return failed
 
 
-@pytest.mark.parametrize("where", ["launch", "read"])
-@pytest.mark.parametrize("culprits", [(0,), (23,), (3, 11, 12, 19)])
+@pytest.mark.parametrize(
+    ("where", "culprits"), [("launch", (0,)), ("read", (23,)), ("launch", (3, 11, 12, 19)), ("read", (3, 11, 12, 19))]
+)
 def test_only_the_culprits_end(own, truth, monkeypatch, where, culprits):
     work, alone = truth("llama")
     failed = break_steps(own, monkeypatch, where, lambda batch: any(is_bad(row.request) for row in batch.rows))
