@@ -16,7 +16,7 @@ from jaxllm.engine import platform
 from jaxllm.engine.compile import Executables, use_compilation_cache
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.executable_store import ExecutableStore, fingerprint
-from jaxllm.engine.executables import Forward, Lowering, Sample, row_rungs, smallest_decode
+from jaxllm.engine.executables import Forward, Lowering, Sample, Stage, row_rungs, smallest_decode
 from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
 from jaxllm.engine.runner import Runner, layout_of
 from jaxllm.engine.sampling import cover, variant_for
@@ -34,7 +34,12 @@ def first_keys(plan: EnginePlan, expected: Expected) -> list[Any]:
     rungs = plan.scheduler.token_rungs
     variant = cover(variant_for([expected.params] if expected.params else []))
     prefill = next((rung for rung in rungs if rung >= expected.prompt_length), rungs[-1])
-    return [Forward(prefill), smallest_decode(plan), Sample(row_rungs(plan.scheduler.max_num_seqs)[0], variant)]
+    return [
+        Stage(),
+        Forward(prefill),
+        smallest_decode(plan),
+        Sample(row_rungs(plan.scheduler.max_num_seqs)[0], variant),
+    ]
 
 
 def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, everywhere: Any, progress: bool) -> None:

@@ -13,7 +13,15 @@ from jaxllm.core.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from jaxllm.engine.layout import ROW
 from jaxllm.engine.resolve import EnginePlan
 from jaxllm.engine.sampling import VARIANTS, SamplerVariant
-from jaxllm.engine.step import SlotState, StepShape, apply_page_updates, forward, sample_rows, wide_logprobs
+from jaxllm.engine.step import (
+    SlotState,
+    StepBuffers,
+    StepShape,
+    apply_page_updates,
+    forward,
+    sample_rows,
+    wide_logprobs,
+)
 from pallas_kernels.ragged_paged_attention import cache_shape
 from sharding import DATA
 
@@ -28,6 +36,11 @@ class Forward:
 
     num_tokens: int
     decodes_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Copying a step's packed array from where the host's transfer put it to where `Forward` always finds it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,20 +139,38 @@ class Lowering:
         """Traces and lowers one executable."""
         return getattr(self, f"_{type(key).__name__.lower()}")(key)
 
+    def packed(self) -> jax.ShapeDtypeStruct:
+        """A step's packed array."""
+        return self.per_rank((self.shape.layout.size,), jnp.int32)
+
+    def buffers(self, num_tokens: int) -> StepBuffers:
+        """What a step of so many tokens leaves for the sampler, abstract."""
+        slots = self.plan.scheduler.max_num_seqs
+        rows: Any = self.per_rank((slots, ROW), jnp.int32)
+        last_hidden: Any = self.hidden(slots)
+        hidden: Any = self.hidden(num_tokens)
+        return StepBuffers(rows, last_hidden, hidden)
+
     def _sharded(self, function, in_specs, out_specs, donate: tuple[int, ...]):
-        """Runs `function` on each rank's own part."""
+        """Runs `function` on each rank's own part. Arguments that are donated and not read are kept: their memory is
+        what they are for."""
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate)
+        return jax.jit(mapped, donate_argnums=donate, keep_unused=True)
 
     def _forward(self, key: Forward):
-        packed = self.per_rank((self.shape.layout.fixed + key.num_tokens,), jnp.int32)
         run = self._sharded(
-            functools.partial(forward, self.shape, key.decodes_only),
-            (P(), P(DATA), P(DATA), P(DATA), P(DATA)),
-            (P(DATA), P(DATA), P(DATA), P(DATA), P(DATA)),
-            donate=(1, 2),
+            functools.partial(forward, self.shape, key.num_tokens, key.decodes_only),
+            (P(), P(DATA), P(DATA), P(DATA), P(DATA), P(DATA)),
+            (P(DATA), P(DATA), P(DATA)),
+            donate=(1, 2, 3),
         )
-        return run.lower(self.leaves, self.caches(), self.state(), self.tables()["history"], packed)
+        buffers, history = self.buffers(key.num_tokens), self.tables()["history"]
+        return run.lower(self.leaves, self.caches(), self.state(), buffers, history, self.packed())
+
+    def _stage(self, key: Stage):
+        packed = self.packed()
+        run = jax.jit(lambda old, new: new, donate_argnums=0, keep_unused=True, out_shardings=packed.sharding)
+        return run.lower(packed, packed)
 
     def _sample(self, key: Sample):
         slots, history = self.plan.scheduler.max_num_seqs, self.tables()["history"]
@@ -187,7 +218,7 @@ def warm_up_order(plan: EnginePlan) -> list[Any]:
     """Everything that serving may meet but `Wide`, most needed first."""
     rungs = plan.scheduler.token_rungs
     rows = row_rungs(plan.scheduler.max_num_seqs)
-    keys: list[Any] = [smallest_decode(plan)]
+    keys: list[Any] = [Stage(), smallest_decode(plan)]
     keys += [Sample(rows[0], variant) for variant in VARIANTS]  # small, and all that single requests need
     steps = [Forward(rung) for rung in rungs] + [Forward(rung, True) for rung in plan.decode_rungs]
     keys += sorted(steps, key=lambda step: (-step.num_tokens, step.decodes_only))

@@ -42,23 +42,32 @@ class Unpacked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepLayout:
-    """Sizes of the packed array: S slots, G cache groups, U page updates a group and step."""
+    """Sizes of the packed array: S slots, G cache groups, U page updates a group and step, T token ids.
+
+    One size for all steps, whatever their rung, so that it can go through one buffer on the device.
+    """
 
     num_slots: int
     num_groups: int
     max_updates: int
+    max_tokens: int
 
     @property
     def fixed(self) -> int:
         """Words before the token ids."""
         return HEADER + self.num_slots * ROW + self.num_groups * self.max_updates * 3
 
-    def pack(self, batch: Batch | None, slots: np.ndarray, num_tokens: int, params: SlotParams) -> np.ndarray:
-        """int32[fixed + num_tokens] of a batch (None: an idle rank). At most `max_updates` updates a group.
+    @property
+    def size(self) -> int:
+        """Words in all."""
+        return self.fixed + self.max_tokens
+
+    def pack(self, batch: Batch | None, slots: np.ndarray, params: SlotParams) -> np.ndarray:
+        """int32[size] of a batch (None: an idle rank). At most `max_updates` updates a group.
 
         slots: int[R], those of the batch's rows.
         """
-        out = np.zeros(self.fixed + num_tokens, np.int32)
+        out = np.zeros(self.size, np.int32)
         rows = out[HEADER : HEADER + self.num_slots * ROW].reshape(self.num_slots, ROW)
         updates = out[HEADER + rows.size : self.fixed].reshape(self.num_groups, self.max_updates, 3)
         rows[:, SLOT] = updates[:, :, 0] = self.num_slots  # past the last: dropped
@@ -91,8 +100,8 @@ class StepLayout:
                 updates[group, : len(entries)] = np.fromiter(chain.from_iterable(entries), np.int32).reshape(-1, 3)
         return out
 
-    def unpack(self, packed: jax.Array) -> Unpacked:
-        """Inverse of `pack`, on the device."""
+    def unpack(self, packed: jax.Array, num_tokens: int) -> Unpacked:
+        """Inverse of `pack`, on the device; `num_tokens`: the step's rung."""
         rows_end = HEADER + self.num_slots * ROW
         return Unpacked(
             packed[0],
@@ -100,5 +109,5 @@ class StepLayout:
             packed[2],
             rows=packed[HEADER:rows_end].reshape(self.num_slots, ROW),
             page_updates=packed[rows_end : self.fixed].reshape(self.num_groups, self.max_updates, 3),
-            token_ids=packed[self.fixed :],
+            token_ids=packed[self.fixed : self.fixed + num_tokens],
         )

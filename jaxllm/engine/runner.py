@@ -22,6 +22,7 @@ from jaxllm.engine.executables import (
     Lowering,
     MakeTables,
     Sample,
+    Stage,
     UpdatePages,
     Upload,
     Wide,
@@ -42,7 +43,7 @@ from jaxllm.engine.sampling import (
     stop_mask_row,
     variant_for,
 )
-from jaxllm.engine.step import OUTPUT_COLUMNS, SlotState, StepShape
+from jaxllm.engine.step import OUTPUT_COLUMNS, SlotState, StepBuffers, StepShape
 from sharding import replicated, sharded_by_rank
 
 
@@ -144,6 +145,9 @@ class Runner:
         self._caches = [_zeros(spec) for spec in self._lowering.caches()]
         self._state: SlotState = jax.tree.map(_zeros, self._lowering.state())
         self._history = _zeros(self._lowering.tables()["history"])
+        self._packed = _zeros(self._lowering.packed())
+        self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers(1))
+        self._hidden: dict[int, jax.Array] = {}  # by the step's rung
         self._tables: dict[str, jax.Array] | None = None
 
     # Launching
@@ -160,25 +164,36 @@ class Runner:
             operator.or_, (int(np.bitwise_or.reduce(need[at])) for need, at in zip(self._needs, slots, strict=True))
         )
         parts = [
-            self.layout.pack(batch, at, forward.num_tokens, params)
-            for batch, at, params in zip(batches, slots, self._params, strict=True)
+            self.layout.pack(batch, at, params) for batch, at, params in zip(batches, slots, self._params, strict=True)
         ]
-        packed = jax.device_put(parts[0] if len(parts) == 1 else np.concatenate(parts), self._by_rank)
+        packed = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._packed = self.executables.get(Stage())(self._packed, packed)
         run = self.executables.get(forward)
-        self._caches, self._state, rows, last_hidden, hidden = run(
-            self.leaves, self._caches, self._state, self._history, packed
+        buffers = dataclasses.replace(self._buffers, hidden=self._hidden_of(forward.num_tokens))
+        self._caches, self._state, buffers = run(
+            self.leaves, self._caches, self._state, buffers, self._history, self._packed
         )
+        self._buffers, self._hidden[forward.num_tokens] = buffers, buffers.hidden
         sample = self._sample_key(max(map(len, slots)), need)
         extra = tuple(self._sampler_tables().values()) if sample.variant.adjust else None
-        self._history, output = self.executables.get(sample)(self.leaves, last_hidden, rows, self._history, extra)
+        self._history, output = self.executables.get(sample)(
+            self.leaves, buffers.last_hidden, buffers.rows, self._history, extra
+        )
         output.copy_to_host_async()
         self.num_steps += 1
         self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
         self.num_padded_tokens += forward.num_tokens * self.num_ranks
         wide = []
         if need & _WIDE:
-            wide = self._launch_wide(batches, last_hidden, hidden, output, sample.num_rows, forward.num_tokens)
+            wide = self._launch_wide(batches, buffers, output, sample.num_rows, forward.num_tokens)
         return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide)
+
+    def _hidden_of(self, num_tokens: int) -> jax.Array:
+        """The buffer of a rung's hidden rows, made at its first use: by a transfer, which needs no compiler."""
+        if num_tokens not in self._hidden:
+            spec = self._lowering.hidden(num_tokens)
+            self._hidden[num_tokens] = jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)
+        return self._hidden[num_tokens]
 
     def _forward_key(self, batches: Sequence[Batch | None]) -> Forward:
         num_tokens = max(batch.num_tokens for batch in batches if batch is not None)
@@ -242,7 +257,9 @@ class Runner:
 
     # Wide logprobs
 
-    def _launch_wide(self, batches, last_hidden, hidden, output, num_rows: int, num_tokens: int) -> list[_WideRead]:
+    def _launch_wide(
+        self, batches, buffers: StepBuffers, output: jax.Array, num_rows: int, num_tokens: int
+    ) -> list[_WideRead]:
         """Starts the row-chunked logprobs of the rows that ask for more than the sampler reports."""
         sampled: dict[int, list[tuple[tuple[int, int, int | None], int]]] = {}
         prompts: dict[int, list[tuple[tuple[int, int, int | None], int, int]]] = {}
@@ -271,11 +288,11 @@ class Runner:
                 # Waits for the step: the price of a rare request, which saves an executable a batch shape.
                 targets = np.asarray(output)[at_rows, 0]
                 hidden_rows = at_rows // num_rows * slots + at_rows % num_rows
-                reads.append(self._wide(k, last_hidden, hidden_rows, targets, [owner for owner, _ in part]))
+                reads.append(self._wide(k, buffers.last_hidden, hidden_rows, targets, [owner for owner, _ in part]))
         for k, asked in prompts.items():
             for begin in range(0, len(asked), WIDE_ROWS):
                 owners, sources, targets = zip(*asked[begin : begin + WIDE_ROWS], strict=True)
-                reads.append(self._wide(k, hidden, np.asarray(sources), np.asarray(targets), list(owners)))
+                reads.append(self._wide(k, buffers.hidden, np.asarray(sources), np.asarray(targets), list(owners)))
         return reads
 
     def _wide(self, k: int, hidden: jax.Array, index: np.ndarray, targets: np.ndarray, owners) -> _WideRead:
@@ -359,7 +376,7 @@ def max_updates(plan: EnginePlan) -> int:
 
 def layout_of(plan: EnginePlan) -> StepLayout:
     """The packed metadata's layout for these sizes."""
-    return StepLayout(plan.scheduler.max_num_seqs, len(plan.groups), max_updates(plan))
+    return StepLayout(plan.scheduler.max_num_seqs, len(plan.groups), max_updates(plan), plan.scheduler.token_rungs[-1])
 
 
 def _read_rank(output: np.ndarray, batch: Batch) -> StepResult:

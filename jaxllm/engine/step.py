@@ -31,6 +31,23 @@ class SlotState:
     page_tables: tuple[jax.Array, ...]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepBuffers:
+    """What `forward` leaves for the sampler. The buffers are donated to the next `forward`, which writes to the same
+    places: a CUDA graph whose addresses change is uploaded anew, which takes longer than launching it.
+
+    Attributes:
+      rows: int32[S, ROW] with true positions.
+      last_hidden: [S, embed], the last hidden row of each row.
+      hidden: [T, embed], all hidden rows.
+    """
+
+    rows: jax.Array
+    last_hidden: jax.Array
+    hidden: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class StepShape:
     """What the step's code depends on beside its arguments' shapes: all static."""
@@ -98,29 +115,33 @@ def attention_metadata(
 
 def forward(
     shape: StepShape,
+    num_tokens: int,
     decodes_only: bool,
     leaves: list[jax.Array],
     caches: list[jax.Array],
     state: SlotState,
+    buffers: StepBuffers,
     history: jax.Array,
     packed: jax.Array,
 ):
     """Computes a batch's tokens into the caches.
 
     Args:
+      num_tokens: static, the step's rung.
       decodes_only: static; True promises that every row has one token.
       leaves: the model's parameters.
       caches: one array a layer (donated).
       state: the slots' state (donated).
+      buffers: those of an earlier step (donated); what is in them is not read.
       history: int32[S, L], tokens by slot and position, for those that the host does not know.
-      packed: int32[fixed + T], see `StepLayout`.
+      packed: int32[size], see `StepLayout`.
 
     Returns:
-      (caches, state, rows int32[S, ROW] with true positions, the last hidden row of each [S, embed], all hidden rows
-      [T, embed]).
+      (caches, state, buffers).
     """
-    unpacked = shape.layout.unpack(packed)
-    num_slots, num_tokens = shape.layout.num_slots, unpacked.token_ids.shape[0]
+    del buffers
+    unpacked = shape.layout.unpack(packed, num_tokens)
+    num_slots = shape.layout.num_slots
     page_tables = apply_page_updates(state.page_tables, unpacked.page_updates)
     slots = unpacked.rows[:, SLOT]
     known = state.num_computed.at[slots].get(mode="fill", fill_value=0)
@@ -142,7 +163,7 @@ def forward(
     last = hidden if decodes_only else hidden[jnp.maximum(attention[0].query_starts[1:] - 1, 0)]
     last_hidden = jnp.pad(last, ((0, num_slots - num_rows), (0, 0)))
     rows = unpacked.rows.at[:, POSITION].set(ends)
-    return caches, SlotState(num_computed, page_tables), rows, last_hidden, hidden
+    return caches, SlotState(num_computed, page_tables), StepBuffers(rows, last_hidden, hidden)
 
 
 def sample_rows(

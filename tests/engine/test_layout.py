@@ -40,13 +40,13 @@ def batches(seed: int) -> Iterator[Batch]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pack_then_unpack(seed):
-    layout, params = StepLayout(SLOTS, 2, UPDATES), SlotParams(SLOTS)
+    layout, params = StepLayout(SLOTS, 2, UPDATES, 32), SlotParams(SLOTS)
     fed = 0
     for batch in batches(seed):
         for index in batch.new_slots:
             params.set(batch.rows[index].slot, batch.rows[index].request)
         slots = np.array([row.slot for row in batch.rows])
-        unpacked = layout.unpack(layout.pack(batch, slots, 32, params))
+        unpacked = layout.unpack(layout.pack(batch, slots, params), 32)
         assert (unpacked.num_rows, unpacked.num_tokens) == (len(batch.rows), batch.num_tokens)
         assert unpacked.num_decodes == sum(row.length == 1 for row in batch.rows)
         tokens = unpacked.token_ids.tolist()
@@ -69,9 +69,8 @@ def test_pack_then_unpack(seed):
 
 
 def test_an_idle_rank_sends_only_padding():
-    unpacked = StepLayout(SLOTS, 2, UPDATES).unpack(
-        StepLayout(SLOTS, 2, UPDATES).pack(None, np.zeros(0, np.intp), 8, SlotParams(SLOTS))
-    )
+    layout = StepLayout(SLOTS, 2, UPDATES, 8)
+    unpacked = layout.unpack(layout.pack(None, np.zeros(0, np.intp), SlotParams(SLOTS)), 8)
     assert unpacked.num_rows == unpacked.num_tokens == 0 and (unpacked.rows[:, SLOT] == SLOTS).all()
 
 
