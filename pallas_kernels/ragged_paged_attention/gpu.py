@@ -116,12 +116,20 @@ def ragged_paged_attention(
         q = jnp.pad(q, ((0, prefill_config.tokens - num_tokens), (0, 0), (0, 0)))
 
     options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret}
-    cache = gpu_write.write(cache, k, v, metadata, interpret=interpret)
-    flat = q.reshape(-1, q.shape[2])
-    out, parts = gpu_decode.decode(flat, cache, metadata, scales, group=group, config=decode_config, **options)
+    new = None
+    if metadata.decodes_only:
+        new = gpu_decode.NewTokens(metadata.write_slots, k, v)
+    else:
+        cache = gpu_write.write(cache, k, v, metadata, interpret=interpret)
+    out, cache, own, shared, plan = gpu_decode.decode(
+        q.reshape(-1, q.shape[2]), cache, metadata, scales, group=group, config=decode_config, new=new, **options
+    )
     out_ref = jax.new_ref(out.reshape(q.shape))
-    clear = metadata.decodes_only
-    gpu_merge.merge(out_ref, parts, metadata.num_rows, group=group, clear=clear, interpret=interpret)
+    gpu_merge.merge(
+        out_ref, own, shared, plan,
+        group=group, streams=decode_config.streams, multiprocessors=decode_config.blocks,
+        clear=metadata.decodes_only, interpret=interpret,
+    )  # fmt: skip
     if not metadata.decodes_only:
         gpu_prefill.prefill(q, cache, out_ref, metadata, scales, config=prefill_config, **options)
     out = jax.freeze(out_ref)

@@ -1,5 +1,6 @@
 """What the decode and the prefill kernel share."""
 
+import functools
 import math
 
 import jax
@@ -27,33 +28,47 @@ def rows_of(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(value, shape, [0])
 
 
-def find_pages(cache_ref, table_ref, row, first_key, tile: int, head):
-    """Looks up the pages of one tile; returns a function that starts the copies of (part, slot, barrier).
+def find_pages(cache_ref, table_ref, row, first_key, tile: int) -> list[jax.Array]:
+    """The page of each copy of one tile; apart from `copy_tile`, so that the latency hides behind the wait for a slot.
 
-    The look-up is apart so that its latency hides behind the wait for the slot. `cache_ref` is [num_pages, 2,
-    num_kv_heads, copies a page, keys a copy, head_dim]; part 0 is keys, part 1 values.
+    `cache_ref` is [num_pages, 2, num_kv_heads, copies a page, keys a copy, head_dim].
     """
     step = cache_ref.shape[4]
     page_size, pages = cache_ref.shape[3] * step, table_ref.shape[1]
-    sources = []
-    for offset in range(0, tile, step):
-        key = first_key + offset
-        page = table_ref[row, jnp.minimum(lax.div(key, page_size), pages - 1)]
-        sources.append((offset, page, lax.div(lax.rem(key, page_size), step)))
-
-    def start(part, slot_ref, barrier):
-        for offset, page, inside in sources:
-            source = cache_ref.at[page, part, head, inside]
-            plgpu.copy_gmem_to_smem(source, slot_ref.at[pl.ds(offset, step)], barrier)
-
-    return start
+    at = [jnp.minimum(lax.div(first_key + offset, page_size), pages - 1) for offset in range(0, tile, step)]
+    same = max(1, page_size // step)  # copies in a row that may stand in one page, the tile being aligned to it
+    found: list[jax.Array] = []
+    for i, page in enumerate(at):
+        found.append(found[-1] if i % same else table_ref[row, page])
+    return found
 
 
-def clear_rows(tile_ref, low, high):
-    """Zeroes the rows of a value tile outside [low, high): zero probability times NaN would still be NaN."""
+def copy_tile(cache_ref, pages, first_key, head, part: int, slot_ref, barrier, end=None):
+    """Starts the copies of a tile's keys (part 0) or values (part 1), but for those of keys from `end` on."""
+    step = cache_ref.shape[4]
+    for i, page in enumerate(pages):
+        key = first_key + i * step
+        inside = lax.rem(lax.div(key, step), cache_ref.shape[3])
+        source, target = cache_ref.at[page, part, head, inside], slot_ref.at[pl.ds(i * step, step)]
+        copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, barrier)
+        if end is None or i == 0:
+            copy()
+        else:
+            skip = functools.partial(plgpu.barrier_arrive, barrier)
+            lax.cond(key < end, copy, skip)
+
+
+def clear_rows(tile_ref, low, high, at=None, new_ref=None):
+    """Zeroes the rows of a value tile outside [low, high): zero probability times NaN would still be NaN.
+
+    `new_ref`, a row in SMEM, takes the place of row `at`.
+    """
     shape = tile_ref.shape
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
     value = plgpu.load(tile_ref, layout=WGMMA)
+    if new_ref is not None:
+        new = plgpu.load(new_ref, layout=WGMMA.reduce(0), optimized=False)
+        value = jnp.where(row == at, lax.broadcast_in_dim(new, shape, [1]), value)
     tile_ref[...] = jnp.where((row >= low) & (row < high), value, jnp.zeros_like(value))
     plgpu.commit_smem()
 

@@ -1,12 +1,15 @@
 """Decode attention on Hopper: one query token a row, split over the keys so that every multiprocessor reads as much.
 
-Each consumer warpgroup owns a stream, an equal run of (row, head, tile) triples (`gpu_plan.decode_plan`); one producer
+Each consumer warpgroup owns a stream, an equal run of (pair, tile) of the plan (`gpu_plan.decode_plan`); one producer
 warpgroup keeps the streams' rings of key and value tiles full by TMA. The query heads of one key-value head are the
-first rows of a wgmma tile of 64. A pair that several streams share leaves partial results, which `merge` joins.
+first rows of a wgmma tile of 64. Where a run of rows shares its first keys, the queries of all those rows fill the tile
+(cascade attention, Ye et al. 2024) and meet the keys once. Pairs that several streams share, and rows of runs, leave
+partial results, which `gpu_merge` joins.
 """
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +17,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .gpu_common import LOG2E, NO_MAXIMUM, PER_ROW, ROWS, WGMMA, clear_rows, find_pages, rows_of, soft_cap, tiled
+from .gpu_common import (
+    LOG2E,
+    NO_MAXIMUM,
+    PER_ROW,
+    ROWS,
+    WGMMA,
+    clear_rows,
+    copy_tile,
+    find_pages,
+    rows_of,
+    soft_cap,
+    tiled,
+)  # fmt: skip
 from .gpu_merge import Parts, part_rows
-from .gpu_plan import decode_plan, row_tiles
+from .gpu_plan import END, FIRST, NEXT, PLACE, ROW, RUN, TILES, DecodePlan, decode_plan
 from .types import AttentionMetadata
 
 
@@ -28,13 +43,65 @@ class DecodeConfig:
       tile: keys a tile, a multiple of 64.
       slots: tiles (of keys or of values) that each stream's ring holds, at least 2.
       consumers: warpgroups a multiprocessor that compute, each on a stream of its own.
+      copy: keys a copy; a row is read up to a multiple of it.
+      share_from: padded rows from which on rows that begin alike read their common keys together.
       blocks: blocks in the grid: one a multiprocessor.
     """
 
     tile: int = 64
     slots: int = 4
     consumers: int = 2
+    copy: int = 16
+    share_from: int = 8
     blocks: int = 132
+
+    @property
+    def streams(self) -> int:
+        return self.blocks * self.consumers
+
+
+class NewTokens(NamedTuple):
+    """Keys and values of this step that are not in the cache yet: the kernel puts them there.
+
+    Attributes:
+      slots: int32[T], see AttentionMetadata.write_slots.
+      k, v: [T, num_kv_heads, head_dim].
+    """
+
+    slots: Any  # arrays outside of the kernel, Refs inside
+    k: Any
+    v: Any
+
+
+class _Inputs(NamedTuple):
+    plan: DecodePlan
+    tables: Any
+    scales: Any
+    q: Any  # [T * num_heads, head_dim]
+    cache: Any  # [num_pages, 2, num_kv_heads, copies a page, keys a copy, head_dim]
+    sinks: Any = None
+    new: NewTokens | None = None
+
+
+class _Outputs(NamedTuple):
+    out: Any
+    own: Parts
+    shared: Parts | None
+
+
+class _Scratch(NamedTuple):
+    q_stage: Any
+    q_tile: Any
+    out_tile: Any
+    part_tile: Any
+    lse_tile: Any
+    new_rows: Any
+    ring: Any
+    q_ready: Any
+    run_ready: Any
+    new_ready: Any
+    filled: Any
+    emptied: Any
 
 
 def weighted_sum(weights: jax.Array, values_ref, interpret) -> jax.Array:
@@ -51,210 +118,254 @@ def weighted_sum(weights: jax.Array, values_ref, interpret) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.ACC((weights.shape[0], values_ref.shape[1]), jnp.float32))
 
 
-def _decode_body(
-    plan_ref,
-    kv_lens_ref,
-    table_ref,
-    scales_ref,
-    sinks_ref,
-    q_ref,
-    cache_ref,
-    *refs,
-    config: DecodeConfig,
-    group: int,
-    window: int | None,
-    cap: float | None,
-    interpret,
-):
-    out_ref, part_ref, lse_ref = refs[:3]
-    q_stage, q_smem, staging, ring, q_ready, filled, emptied = refs[3:]
-    num_kv_heads, head_dim = cache_ref.shape[2], cache_ref.shape[5]
-    tile, slots, consumers = config.tile, config.slots, config.consumers
+def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
+    """Fills the rings of all of the block's streams, a tile of each in turn."""
+    items, tile, slots = ins.plan.items, config.tile, config.slots
+    num_kv_heads = ins.cache.shape[2]
+    streams = [i * config.blocks + lax.axis_index("block") for i in range(config.consumers)]
+    counts = [ins.plan.streams[stream, 2] for stream in streams]
+
+    def aim(pair, offset):
+        """All that it takes to copy a tile; found a tile ahead, so that nothing waits for these loads."""
+        item = lax.div(pair, num_kv_heads)
+        key = (items[item, FIRST] + offset) * tile
+        pages = find_pages(ins.cache, ins.tables, items[item, ROW], key, tile)
+        return (pair, offset, items[item, TILES], items[item, NEXT], key, items[item, END], *pages)
+
+    def step(index, cursors):
+        following = []
+        for i in range(config.consumers):
+            pair, offset, tiles, next_item, key, end, *pages = cursors[i]
+            head = lax.rem(pair, num_kv_heads)
+            ended = offset + 1 >= tiles
+            next_pair = jnp.where(head + 1 == num_kv_heads, next_item * num_kv_heads, pair + 1)
+            following.append(aim(jnp.where(ended, next_pair, pair), jnp.where(ended, 0, offset + 1)))
+
+            @pl.when(index < counts[i])
+            def _fill():
+                for part in range(2):
+                    slot = i * slots + lax.rem(2 * index + part, slots)
+
+                    @pl.when(2 * index + part >= slots)
+                    def _wait():
+                        plgpu.barrier_wait(scratch.emptied.at[slot])
+
+                    copy_tile(ins.cache, pages, key, head, part, scratch.ring.at[slot], scratch.filled.at[slot], end)
+
+        return tuple(following)
+
+    start = tuple(aim(ins.plan.streams[stream, 0], ins.plan.streams[stream, 1]) for stream in streams)
+    lax.fori_loop(0, functools.reduce(jnp.maximum, counts), step, start)
+    for i, count in enumerate(counts):
+        for slot in range(slots):
+            pl.when(2 * count > slot)(functools.partial(plgpu.barrier_wait, scratch.emptied.at[i * slots + slot]))
+
+
+def _consume(
+    ins: _Inputs, outs: _Outputs, scratch: _Scratch,
+    *, config: DecodeConfig, group: int, shared_rows: int, window: int | None, cap: float | None, interpret,
+):  # fmt: skip
+    """Computes one stream. `scratch` holds this warpgroup's part but for the ring and its barriers."""
+    plan, items, tile, slots = ins.plan, ins.plan.items, config.tile, config.slots
+    num_kv_heads, head_dim = ins.cache.shape[2], ins.cache.shape[5]
     columns, half = min(head_dim, 128), min(head_dim, 128) // 2  # of an accumulator and of a stored part
+    num_runs = items.shape[0] - plan.order.shape[0]
     worker = lax.axis_index("wg")
-    block = lax.axis_index("block")
+    stream = worker * config.blocks + lax.axis_index("block")
+    scale, value_scale = ins.scales[0], ins.scales[1]
+    q_stage, q_tile = scratch.q_stage, scratch.q_tile
+    q_layout = plgpu.Layout.SMEM_GMEM_COPY(q_stage.shape, q_stage.dtype, 128)
+    segments = plan.streams[stream, 3]
 
-    def tiles_of(pair):
-        row = lax.div(pair, num_kv_heads)
-        kv_len = kv_lens_ref[row]
-        first, tiles = row_tiles(kv_len, tile, window)
-        return row, kv_len, first, tiles
+    def start_query(pair):
+        row_pair = pair - num_runs * num_kv_heads
 
-    @pl.when(worker == consumers)
-    def _produce():
-        plgpu.set_max_registers(40, action="decrease")
-        streams = [block * consumers + i for i in range(consumers)]
-        counts = [plan_ref[stream, 2] for stream in streams]
+        def start():
+            target = q_stage.at[pl.ds(0, group)]
+            plgpu.copy_gmem_to_smem(ins.q.at[pl.ds(row_pair * group, group)], target, scratch.q_ready)
 
-        def step(index, cursors):
-            following = []
-            for i in range(consumers):
-                pair, offset = cursors[2 * i : 2 * i + 2]
-                row, _, first, tiles = tiles_of(pair)
-                key = (first + offset) * tile
-                head = lax.rem(pair, num_kv_heads)
+        pl.when(row_pair >= 0)(start) if num_runs else start()
 
-                @pl.when(index < counts[i])
-                def _fill():
-                    start_copies = find_pages(cache_ref, table_ref, row, key, tile, head)
-                    for part in range(2):
-                        slot = i * slots + lax.rem(2 * index + part, slots)
+    def gather_queries(item, head):
+        """The queries of all rows of a run; where the run is shorter than it may be, the last row's again and again."""
+        begin, rows = items[item, PLACE], items[item, RUN]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                        @pl.when(2 * index + part >= slots)
-                        def _wait():
-                            plgpu.barrier_wait(emptied.at[slot])
+        @pl.loop(0, shared_rows)
+        def _(i):
+            row = plan.order[begin + jnp.minimum(i, rows - 1)]
+            source = ins.q.at[pl.ds((row * num_kv_heads + head) * group, group)]
+            plgpu.copy_gmem_to_smem(source, scratch.out_tile.at[pl.ds(i * group, group)], scratch.run_ready)
 
-                        start_copies(part, ring.at[slot], filled.at[slot])
+        plgpu.barrier_wait(scratch.run_ready)
+        q_tile[...] = plgpu.load(scratch.out_tile, layout=WGMMA, optimized=False)
+        plgpu.commit_smem()
 
-                ended = offset + 1 >= tiles
-                more = index + 1 < counts[i]
-                following += [jnp.where(ended & more, pair + 1, pair), jnp.where(ended, 0, offset + 1)]
-            return tuple(following)
+    def put_new(slot, head, part: int):
+        """Copies this step's key or value of a row into the cache, once the tile it belongs to has been read."""
+        copies, keys = ins.cache.shape[3:5]
+        page, inside = lax.div(slot, copies * keys), lax.rem(slot, copies * keys)
+        target = ins.cache.at[page, part, head, lax.div(inside, keys), lax.rem(inside, keys)]
+        plgpu.copy_smem_to_gmem(scratch.new_rows.at[part], target)
 
-        cursors = []
-        for stream in streams:
-            cursors += [plan_ref[stream, 0], plan_ref[stream, 1]]
-        lax.fori_loop(0, functools.reduce(jnp.maximum, counts), step, tuple(cursors))
-        for i in range(consumers):
-            for slot in range(slots):
-                pl.when(2 * counts[i] > slot)(functools.partial(plgpu.barrier_wait, emptied.at[i * slots + slot]))
+    def segment(index, carry):
+        pair, offset, left, done, first, end, tiles, mark, next_item = carry
+        item, head = lax.div(pair, num_kv_heads), lax.rem(pair, num_kv_heads)
+        row = item - num_runs
+        is_own = row >= 0 if num_runs else True
+        here = jnp.minimum(tiles - offset, left)
+        ended = offset + here >= tiles
+        # What the next segment needs is on its way while this one computes.
+        next_pair = jnp.where(head + 1 == num_kv_heads, next_item * num_kv_heads, pair + 1)
+        following = lax.div(next_pair, num_kv_heads)
+        ahead = [items[following, field] for field in (FIRST, END, TILES, RUN, NEXT)]
 
-    @pl.when(worker < consumers)
-    def _consume():
-        plgpu.set_max_registers(232 if consumers <= 2 else 152, action="increase")
-        stream = block * consumers + worker
-        q_tile = q_smem.at[worker]
-        out_tile, part_tile = (ref.at[worker] for ref in staging)
-        scale, value_scale = scales_ref[0], scales_ref[1]
+        newest = jnp.int32(-1)  # position of the key that is not in the cache yet
+        if (new := ins.new) is not None:
+            newest = jnp.where(is_own & ended, end - 1, -1)
+            slot = new.slots[jnp.maximum(row, 0)]
 
-        copied = q_stage.shape[1]
-        q_layout = plgpu.Layout.SMEM_GMEM_COPY((copied, head_dim), q_ref.dtype, 128)
+            @pl.when(newest >= 0)
+            def _fetch_new():
+                for part, source in enumerate((new.k, new.v)):
+                    plgpu.copy_gmem_to_smem(source.at[row, head], scratch.new_rows.at[part], scratch.new_ready)
 
-        def start_query(pair):
-            target = q_stage.at[worker, pl.ds(0, group)]
-            plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(pair * group, group)], target, q_ready.at[worker])
-
-        def segment(index, carry):
-            pair, offset, left, done, kv_len = carry
-            first, tiles = row_tiles(kv_len, tile, window)
-            here = jnp.minimum(tiles - offset, left)
-            out_row = pair * group
-            # What the next segment needs is on its way while this one computes.
-            next_row = jnp.minimum(lax.div(pair + 1, num_kv_heads), kv_lens_ref.shape[0] - 1)
-            next_kv_len = kv_lens_ref[next_row]
-
+        @pl.when(is_own)
+        def _own_queries():
             # TMA cannot put rows that start anywhere into wgmma's layout, so they take a way through registers.
-            plgpu.barrier_wait(q_ready.at[worker])
-            q_tile[pl.ds(0, copied)] = plgpu.load(q_stage.at[worker], layout=q_layout, optimized=False)
+            plgpu.barrier_wait(scratch.q_ready)
+            q_tile[pl.ds(0, q_stage.shape[0])] = plgpu.load(q_stage, layout=q_layout, optimized=False)
             plgpu.commit_smem()
-            pl.when(index + 1 < segments)(lambda: start_query(pair + 1))
 
-            def attend(index, state):
-                accs, highest, total = state
-                count = done + index
-                key_slot = worker * slots + lax.rem(2 * count, slots)
-                value_slot = worker * slots + lax.rem(2 * count + 1, slots)
-                low = (first + offset + index) * tile
+        if num_runs:
+            pl.when(jnp.logical_not(is_own))(lambda: gather_queries(item, head))
+        pl.when(index + 1 < segments)(lambda: start_query(next_pair))
 
-                plgpu.barrier_wait(filled.at[key_slot])
+        def attend(index, state):
+            accs, highest, total = state
+            count = done + index
+            key_slot = worker * slots + lax.rem(2 * count, slots)
+            value_slot = worker * slots + lax.rem(2 * count + 1, slots)
+            keys, values = scratch.ring.at[key_slot], scratch.ring.at[value_slot]
+            low = (first + offset + index) * tile
+            is_newest = (newest >= 0) & (newest < low + tile)
 
-                def multiply_keys(acc_ref):
-                    plgpu.wgmma(acc_ref, q_tile, ring.at[key_slot].transpose((1, 0)))
-                    return acc_ref[...]
+            plgpu.barrier_wait(scratch.filled.at[key_slot])
+            if new is not None:
 
-                scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, tile), jnp.float32))
-                plgpu.barrier_arrive(emptied.at[key_slot])
+                @pl.when(is_newest)
+                def _newest_key():
+                    plgpu.barrier_wait(scratch.new_ready)
+                    clear_rows(keys, 0, tile, newest - low, scratch.new_rows.at[0])
+                    put_new(slot, head, 0)
 
-                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=WGMMA) + low
-                visible = key < kv_len
-                if window is not None:
-                    visible &= key >= kv_len - window
-                scores = scores * scale
-                if cap is not None:
-                    scores = soft_cap(scores, cap)
-                scores = jnp.where(visible, scores * LOG2E, -jnp.inf)
-                new_highest = jnp.maximum(highest, scores.max(axis=1))
-                alpha = jnp.exp2(highest - new_highest)
-                weights = jnp.exp2(scores - rows_of(new_highest, scores.shape))
-                total = total * alpha + weights.sum(axis=1)
-                weights = weights.astype(q_ref.dtype)
+            def multiply_keys(acc_ref):
+                plgpu.wgmma(acc_ref, q_tile, keys.transpose((1, 0)))
+                return acc_ref[...]
 
-                plgpu.barrier_wait(filled.at[value_slot])
-                partial = low + tile > kv_len
-                if window is not None:
-                    partial |= low < kv_len - window
+            scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, tile), jnp.float32))
+            plgpu.barrier_arrive(scratch.emptied.at[key_slot])
 
-                @pl.when(partial)
-                def _clear():
-                    clear_rows(ring.at[value_slot], 0 if window is None else kv_len - window - low, kv_len - low)
+            key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=WGMMA) + low
+            visible = key < end
+            if window is not None:
+                visible &= key >= end - window
+            scores = scores * scale
+            if cap is not None:
+                scores = soft_cap(scores, cap)
+            scores = jnp.where(visible, scores * LOG2E, -jnp.inf)
+            new_highest = jnp.maximum(highest, scores.max(axis=1))
+            alpha = jnp.exp2(highest - new_highest)
+            weights = jnp.exp2(scores - rows_of(new_highest, scores.shape))
+            total = total * alpha + weights.sum(axis=1)
+            weights = weights.astype(q_tile.dtype)
 
-                accs = list(accs)
-                for i in range(len(accs)):
-                    values = ring.at[value_slot, :, pl.ds(i * columns, columns)]
-                    product = weighted_sum(weights, values, interpret)
-                    accs[i] = accs[i] * rows_of(alpha, accs[i].shape) + product
-                plgpu.barrier_arrive(emptied.at[value_slot])
-                return tuple(accs), new_highest, total
+            plgpu.barrier_wait(scratch.filled.at[value_slot])
+            partial = (low + tile > end) | is_newest
+            if window is not None:
+                partial |= low < end - window
 
-            accs = (plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), WGMMA),) * (head_dim // columns)
-            if sinks_ref is None:
-                highest = plgpu.layout_cast(jnp.full((ROWS,), NO_MAXIMUM, jnp.float32), PER_ROW)
-                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
-            else:  # the piece with the first tile counts the sink
-                sink_start = lax.rem(out_row, num_kv_heads * group)
-                sink = plgpu.load(sinks_ref.at[pl.ds(sink_start, ROWS)], layout=PER_ROW, optimized=False)
-                highest = jnp.maximum(sink * LOG2E + jnp.where(offset == 0, 0.0, 2 * NO_MAXIMUM), NO_MAXIMUM)
-                ones = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), PER_ROW)
-                total = ones * jnp.where(offset == 0, 1.0, 0.0)
-            accs, highest, total = lax.fori_loop(0, here, attend, (accs, highest, total))
+            @pl.when(partial)
+            def _clear():
+                oldest = 0 if window is None else end - window - low
+                new_value = None if new is None else scratch.new_rows.at[1]
+                # -1 is no row: no other stream's or run's tile takes the new value.
+                clear_rows(values, oldest, end - low, jnp.where(is_newest, newest - low, -1), new_value)
+                if new is not None:
+                    pl.when(is_newest)(lambda: put_new(slot, head, 1))
 
-            inverse = jnp.where(total > 0.0, value_scale / total, 0.0)
-            accs = [acc * rows_of(inverse, acc.shape) for acc in accs]
-            rows = pl.ds(0, group)
-            whole = (offset == 0) & (here == tiles)
+            accs = list(accs)
+            for i in range(len(accs)):
+                product = weighted_sum(weights, values.at[:, pl.ds(i * columns, columns)], interpret)
+                accs[i] = accs[i] * rows_of(alpha, accs[i].shape) + product
+            plgpu.barrier_arrive(scratch.emptied.at[value_slot])
+            return tuple(accs), new_highest, total
 
-            @pl.when(whole)
-            def _finish():
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for i, acc in enumerate(accs):
-                    out_tile[:, pl.ds(i * columns, columns)] = acc.astype(out_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_tile.at[rows], out_ref.at[pl.ds(out_row, group)])
+        accs = (plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), WGMMA),) * (head_dim // columns)
+        if ins.sinks is None:
+            highest = plgpu.layout_cast(jnp.full((ROWS,), NO_MAXIMUM, jnp.float32), PER_ROW)
+            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
+        else:  # the part with the row's own first tile counts the sink
+            counted = is_own & (offset == 0)
+            sink = plgpu.load(ins.sinks.at[pl.ds(head * group, ROWS)], layout=PER_ROW, optimized=False)
+            highest = jnp.maximum(sink * LOG2E + jnp.where(counted, 0.0, 2 * NO_MAXIMUM), NO_MAXIMUM)
+            ones = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), PER_ROW)
+            total = ones * jnp.where(counted, 1.0, 0.0)
+        accs, highest, total = lax.fori_loop(0, here, attend, (accs, highest, total))
 
-            @pl.when(jnp.logical_not(whole))
-            def _leave_part():
-                which = jnp.where(offset == 0, 1, 0)
-                lse = jnp.where(total > 0.0, highest + jnp.log2(total), NO_MAXIMUM)
+        inverse = jnp.where(total > 0.0, value_scale / total, 0.0)
+        accs = [acc * rows_of(inverse, acc.shape) for acc in accs]
+        whole = (offset == 0) & (here == tiles)
+        final = whole & (mark == 0)  # a run's item has a mark
 
-                def leave(value, target_ref, starts):
+        @pl.when(final)
+        def _finish():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i, acc in enumerate(accs):
+                scratch.out_tile[:, pl.ds(i * columns, columns)] = acc.astype(outs.out.dtype)
+            plgpu.commit_smem()
+            target = outs.out.at[pl.ds((pair - num_runs * num_kv_heads) * group, group)]
+            plgpu.copy_smem_to_gmem(scratch.out_tile.at[pl.ds(0, group)], target)
+
+        @pl.when(jnp.logical_not(final))
+        def _leave_part():
+            number = jnp.where(is_own, pair - num_runs * num_kv_heads, pair)
+            part = jnp.where(whole, 2 * config.streams + number, 2 * stream + jnp.where(offset == 0, 1, 0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            scratch.lse_tile[...] = jnp.where(total > 0.0, highest + jnp.log2(total), NO_MAXIMUM)
+            for start in range(0, head_dim, half):
+                inside = start % columns
+                if start:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    part_tile[...] = value
-                    plgpu.commit_smem()
-                    for start in starts:
-                        target = target_ref.at[stream, which, pl.ds(0, group), pl.ds(start, half)]
-                        plgpu.copy_smem_to_gmem(part_tile.at[rows], target)
+                scratch.part_tile[...] = accs[start // columns][:, inside : inside + half]
+                plgpu.commit_smem()
 
-                leave(rows_of(lse, (ROWS, half)), lse_ref, range(0, head_dim, half))
-                for start in range(0, head_dim, half):
-                    inside = start % columns
-                    leave(accs[start // columns][:, inside : inside + half], part_ref, (start,))
+                def leave(parts, rows):
+                    source = scratch.part_tile.at[pl.ds(0, rows)]
+                    plgpu.copy_smem_to_gmem(source, parts.values.at[part, pl.ds(0, rows), pl.ds(start, half)])
+                    if not start:
+                        plgpu.copy_smem_to_gmem(scratch.lse_tile, parts.lse.at[part])
 
-            ended = offset + here >= tiles
-            return (
-                jnp.where(ended, pair + 1, pair),
-                jnp.int32(0),
-                left - here,
-                done + here,
-                jnp.where(ended, next_kv_len, kv_len),
-            )
+                pl.when(is_own)(lambda: leave(outs.own, group))
+                if num_runs:
+                    pl.when(jnp.logical_not(is_own))(lambda: leave(outs.shared, ROWS))
 
-        pair = plan_ref[stream, 0]
-        segments = plan_ref[stream, 3]
-        pl.when(segments > 0)(lambda: start_query(pair))
-        row = jnp.minimum(lax.div(pair, num_kv_heads), kv_lens_ref.shape[0] - 1)
-        start = (pair, plan_ref[stream, 1], plan_ref[stream, 2], jnp.int32(0), kv_lens_ref[row])
-        lax.fori_loop(0, segments, segment, start)
-        plgpu.wait_smem_to_gmem(0)
+        now = (first, end, tiles, mark, next_item)
+        return (
+            jnp.where(ended, next_pair, pair),
+            jnp.where(ended, 0, offset + here),
+            left - here,
+            done + here,
+            *(jnp.where(ended, later, field) for later, field in zip(ahead, now)),
+        )
+
+    pair = plan.streams[stream, 0]
+    pl.when(segments > 0)(lambda: start_query(pair))
+    item = lax.div(pair, num_kv_heads)
+    fields = [items[item, field] for field in (FIRST, END, TILES, RUN, NEXT)]
+    start = (pair, plan.streams[stream, 1], plan.streams[stream, 2], jnp.int32(0), *fields)
+    lax.fori_loop(0, segments, segment, start)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def decode(
@@ -268,61 +379,104 @@ def decode(
     cap: float | None,
     sinks: jax.Array | None,
     config: DecodeConfig,
+    new: NewTokens | None = None,
     interpret=False,
-) -> tuple[jax.Array, Parts]:
-    """Attention of the decode rows, but for the pairs that several streams share.
+) -> tuple[jax.Array, jax.Array, Parts, Parts | None, DecodePlan]:
+    """Attention of the decode rows, but for what `gpu_merge.merge` joins.
 
     Args:
       q: [T * num_heads, head_dim]; row r's token is token r.
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
       group: query heads a key-value head.
       scales: float32[2], what the scores and what the output are multiplied by.
+      new: this step's keys and values, where they are not in the cache yet; all rows must be decode rows.
 
     Returns:
-      out, [T * num_heads, head_dim], of which only decode rows' results are written, and the parts still to `merge`.
+      out, [T * num_heads, head_dim], of which only decode rows' results are written; the cache, with what is new; the
+      parts of the rows' own keys, and of those that they share, if any may; the plan.
     """
-    num_kv_heads, head_dim = cache.shape[2], cache.shape[4]
-    streams = config.blocks * config.consumers
-    plan = decode_plan(metadata, num_kv_heads, streams, config.tile, window)
-    part_type = jax.ShapeDtypeStruct((streams, 2, part_rows(group, head_dim), head_dim), jnp.float32)
-    out_types = (jax.ShapeDtypeStruct(q.shape, q.dtype), part_type, part_type)
-    ring = config.consumers * config.slots
+    num_kv_heads, page_size, head_dim = cache.shape[2:]
+    num_rows, streams, consumers, tile = metadata.kv_lens.shape[0], config.streams, config.consumers, config.tile
+    own_rows = part_rows(group, head_dim)
+    shared_rows = 0
+    if window is None and num_rows >= config.share_from:
+        shared_rows = min(32, (ROWS - (own_rows - group)) // group)
+    plan = decode_plan(metadata, num_kv_heads, streams, tile, window, page_size=page_size, shared_rows=shared_rows)
+    num_runs = plan.items.shape[0] - num_rows
+
+    def part_types(items, rows):
+        count = 2 * streams + items * num_kv_heads
+        values = jax.ShapeDtypeStruct((count, rows, head_dim), jnp.float32)
+        return Parts(values, jax.ShapeDtypeStruct((count, ROWS), jnp.float32))
+
+    out_types = [jax.ShapeDtypeStruct(q.shape, q.dtype), *part_types(num_rows if num_runs else 0, own_rows)]
+    if num_runs:
+        out_types += part_types(num_runs, ROWS)
+    ring = consumers * config.slots
     q_copied = max(8 * pl.cdiv(group, 8), 8 * 256 // head_dim)  # rows: four warps copy at least a (8, 64) tile each
-    keys = min(cache.shape[3], config.tile)  # a copy
-    pages = cache.reshape(*cache.shape[:3], cache.shape[3] // keys, keys, head_dim)
+    keys = min(page_size, tile, config.copy)  # a copy
     staging = (
-        plgpu.SMEM((config.consumers, ROWS, head_dim), q.dtype),
-        plgpu.SMEM((config.consumers, ROWS, min(head_dim, 128) // 2), jnp.float32),
+        plgpu.SMEM((consumers, ROWS, head_dim), q.dtype),
+        plgpu.SMEM((consumers, ROWS, min(head_dim, 128) // 2), jnp.float32),
     )
-    scratch = (
-        plgpu.SMEM((config.consumers, q_copied, head_dim), q.dtype),
-        tiled((config.consumers, ROWS, head_dim), q.dtype),
+    scratch_types = (
+        plgpu.SMEM((consumers, q_copied, head_dim), q.dtype),
+        tiled((consumers, ROWS, head_dim), q.dtype),
         staging if interpret else plgpu.RefUnion(*staging),  # the interpreter takes two warpgroups' parts for one
-        tiled((ring, config.tile, head_dim), cache.dtype),
-        plgpu.Barrier(num_barriers=config.consumers),
-        plgpu.Barrier(num_barriers=ring, num_arrivals=config.tile // keys),
+        plgpu.SMEM((consumers, ROWS), jnp.float32),
+        plgpu.SMEM((consumers, 2, head_dim), cache.dtype),
+        tiled((ring, tile, head_dim), cache.dtype),
+        plgpu.Barrier(num_barriers=consumers),
+        plgpu.Barrier(num_barriers=consumers, num_arrivals=max(shared_rows, 1)),
+        plgpu.Barrier(num_barriers=consumers, num_arrivals=2),
+        plgpu.Barrier(num_barriers=ring, num_arrivals=tile // keys),
         plgpu.Barrier(num_barriers=ring),
     )
-    operands = [plan, metadata.kv_lens, metadata.page_tables, scales]
+    pages = cache.reshape(*cache.shape[:3], page_size // keys, keys, head_dim)
+    cache_ref = None if new is None else jax.new_ref(pages)
     if sinks is not None:  # row i of a q tile may belong to any head onwards
-        operands.append(jnp.tile(sinks.astype(jnp.float32), 1 + pl.cdiv(ROWS, sinks.shape[0])))
+        sinks = jnp.tile(sinks.astype(jnp.float32), 1 + pl.cdiv(ROWS, sinks.shape[0]))
+    inputs = _Inputs(plan, metadata.page_tables, scales, q, pages if new is None else cache_ref, sinks, new)
+    operands, structure = jax.tree.flatten(inputs)
 
     def body(*refs):
-        known = refs[:5] if sinks is not None else (*refs[:4], None)
-        _decode_body(
-            *known, *refs[len(operands) :], config=config, group=group, window=window, cap=cap, interpret=interpret
-        )
+        ins = jax.tree.unflatten(structure, refs[: len(operands)])
+        results, rest = refs[len(operands) :][: len(out_types)], refs[len(operands) + len(out_types) :]
+        outs = _Outputs(results[0], Parts(*results[1:3]), Parts(*results[3:5]) if num_runs else None)
+        scratch = _Scratch(*rest[:2], *rest[2], *rest[3:])
+        worker = lax.axis_index("wg")
 
-    out, part, lse = plgpu.kernel(
+        @pl.when(worker == consumers)
+        def _():
+            plgpu.set_max_registers(56, action="decrease")
+            _produce(ins, scratch, config)
+
+        @pl.when(worker < consumers)
+        def _():
+            plgpu.set_max_registers(224 if consumers <= 2 else 144, action="increase")
+            mine = {
+                name: getattr(scratch, name).at[worker]
+                for name in scratch._fields
+                if name not in ("ring", "filled", "emptied")
+            }
+            _consume(
+                ins, outs, scratch._replace(**mine), config=config, group=group, shared_rows=shared_rows,
+                window=window, cap=cap, interpret=interpret,
+            )  # fmt: skip
+
+    results = plgpu.kernel(
         body,
-        out_type=out_types,
-        scratch_types=scratch,
+        out_type=tuple(out_types),
+        scratch_types=scratch_types,
         grid=(config.blocks,),
         grid_names=("block",),
-        num_threads=config.consumers + 1,
+        num_threads=consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         interpret=interpret,
         kernel_name="ragged_paged_decode",
-    )(*operands, q, pages)
-    return out, Parts(plan, part, lse)
+    )(*operands)
+    if cache_ref is not None:
+        cache = jax.freeze(cache_ref).reshape(cache.shape)
+    shared = Parts(*results[3:5]) if num_runs else None
+    return results[0], cache, Parts(*results[1:3]), shared, plan

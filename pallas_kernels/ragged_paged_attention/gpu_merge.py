@@ -3,28 +3,27 @@
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_common import NO_MAXIMUM
+from .gpu_plan import BEGIN, PLACE, RUN, TILES, DecodePlan
 
-CHUNK = 16  # parts that are loaded together
+OWN_CHUNK, SHARED_CHUNK = 16, 4  # parts that are loaded together
 
 
 class Parts(NamedTuple):
-    """Partial results of the streams, for `merge`.
+    """Partial results, normalised, of pairs: part 2s is of the first pair of stream s where it continues the stream
+    before, 2s + 1 of its last pair, and part 2 * streams + p the whole of pair p, numbered among the pairs of its kind.
 
     Attributes:
-      plan: int32[streams, 5], see `decode_plan`.
-      values: float32[streams, 2 (of the first pair, of the last), query heads a key-value head, head_dim], normalised.
-      lse: like values: the logarithm to base 2 of the sum of exponents, the same in all columns.
+      values: float32[parts, rows, head_dim]; a row is a query head of the pair.
+      lse: float32[parts, 64], the logarithm to base 2 of each row's sum of exponents.
     """
 
-    plan: Any  # arrays outside of kernels, Refs inside
-    values: Any
+    values: Any  # arrays outside of kernels, Refs inside
     lse: Any
 
 
@@ -33,29 +32,45 @@ def part_rows(group: int, head_dim: int) -> int:
     return group + (group * head_dim % 128 != 0)
 
 
-def _merge_body(plan_ref, values_ref, lse_ref, count_ref, out_ref, stage, *, group: int, rows: int, clear: bool):
-    stream, streams = lax.axis_index("stream"), values_ref.shape[0]
-    piece, pieces = lax.axis_index("piece"), values_ref.shape[2] // rows
+def _merge_body(
+    items_ref, counts_ref, own: Parts, shared: Parts | None, out_ref, stage,
+    *, group: int, streams: int, num_runs: int, blocks: int, clear: bool,
+):  # fmt: skip
     num_tokens, num_heads, head_dim = out_ref.shape
-    num_kv_heads = num_heads // group
-    vector = rows * head_dim // 128
-    layout = plgpu.Layout.WG_STRIDED((rows, head_dim), vec_size=vector)
-    continuing = plan_ref[stream, 4]
+    num_kv_heads, rows = num_heads // group, stage.shape[0]
+    pieces = own.values.shape[1] // rows
+    layout = plgpu.Layout.WG_STRIDED((rows, head_dim), vec_size=rows * head_dim // 128)
+    zeros = plgpu.layout_cast(jnp.zeros((rows, head_dim), jnp.float32), layout)
+    length = jnp.maximum(counts_ref[0], 1)
+    pairs = min(num_tokens, items_ref.shape[0] - num_runs) * num_kv_heads
 
-    @pl.when(continuing > 0)
-    def _join_parts():
-        pair = plan_ref[stream, 0]
+    def parts_of(item, head, number):
+        """(how many parts a pair has, the number of its i-th part)"""
+        tiles = items_ref[item, TILES]
+        begin = items_ref[item, BEGIN] + head * tiles
+        first = lax.div(begin, length)
+        more = lax.div(begin + tiles - 1, length) - first
 
-        def join(index, state):
+        def part(i):
+            cut = 2 * (first + i) + jnp.where(i == 0, 1, 0)
+            return jnp.where(more > 0, cut, 2 * streams + number)
+
+        return more + 1, part
+
+    def join(parts: Parts, count, part, first_row, chunk: int, state):
+        def several(index, state):
             total, highest, weight = state
             values, lses = [], []
-            for i in range(CHUNK):
-                number = index * CHUNK + i  # part 0 is the last of the stream before, the others are first ones
-                known = jnp.minimum(number, continuing)
-                source = (stream - 1 + known, jnp.where(known == 0, 1, 0), pl.ds(piece * rows, rows))
-                value, lse = (plgpu.load(ref.at[source], layout=layout) for ref in (values_ref, lse_ref))
-                values.append(value)
-                lses.append(lse + jnp.where(number == known, 0.0, 2 * NO_MAXIMUM))  # past the last: weighs nothing
+            for i in range(chunk):
+                number = index * chunk + i
+                source = part(jnp.minimum(number, count - 1))
+                values.append(plgpu.load(parts.values.at[source, pl.ds(first_row, rows)], layout=layout))
+                each = [parts.lse[source, first_row + j] for j in range(rows)]
+                lse = each[0]
+                if rows == 2:
+                    upper = plgpu.broadcasted_iota(jnp.int32, (rows, head_dim), 0, layout=layout) == 0
+                    lse = jnp.where(upper, each[0], each[1])
+                lses.append(zeros + (lse + jnp.where(number < count, 0.0, 2 * NO_MAXIMUM)))  # past the last: no weight
             new_highest = functools.reduce(jnp.maximum, lses, highest)
             alpha = jnp.exp2(highest - new_highest)
             total, weight = total * alpha, weight * alpha
@@ -64,58 +79,85 @@ def _merge_body(plan_ref, values_ref, lse_ref, count_ref, out_ref, stage, *, gro
                 total, weight = total + value * beta, weight + beta
             return total, new_highest, weight
 
-        zeros = plgpu.layout_cast(jnp.zeros((rows, head_dim), jnp.float32), layout)
-        state = (zeros, zeros + NO_MAXIMUM, zeros)
-        total, _, weight = lax.fori_loop(0, lax.div(continuing, CHUNK) + 1, join, state)
-        stage[...] = (total / weight).astype(stage.dtype)
+        return lax.fori_loop(0, pl.cdiv(count, chunk), several, state)
+
+    def put(pair, piece, value):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage[...] = value.astype(stage.dtype)
         plgpu.commit_smem()
         row, head = lax.div(pair, num_kv_heads), lax.rem(pair, num_kv_heads)
         for i in range(rows):
+            member = piece * rows + i
 
-            @pl.when(piece * rows + i < group)
+            @pl.when(member < group)
             def _():
-                target = out_ref.at[row, head * group + piece * rows + i]
-                plgpu.copy_smem_to_gmem(stage.at[i], target)
+                plgpu.copy_smem_to_gmem(stage.at[i], out_ref.at[row, head * group + member])
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    @pl.loop(lax.axis_index("block"), pairs * pieces, step=blocks)
+    def _piece(index):
+        pair, piece = lax.div(index, pieces), lax.rem(index, pieces)
+        row, head = lax.div(pair, num_kv_heads), lax.rem(pair, num_kv_heads)
+        run = items_ref[num_runs + row, RUN] if shared else 0
+        count, part = parts_of(num_runs + row, head, pair)
 
-    if clear:
-        first = count_ref[0] * num_heads + stream * pieces + piece
+        @pl.when((count > 1) | (run > 0))
+        def _join_parts():
+            state = join(own, count, part, piece * rows, OWN_CHUNK, (zeros, zeros + NO_MAXIMUM, zeros))
+            if shared:
+                common = jnp.maximum(run - 1, 0)
+                count_shared, part_shared = parts_of(common, head, common * num_kv_heads + head)
+                count_shared = jnp.where(run > 0, count_shared, 0)
+                first_row = items_ref[num_runs + row, PLACE] * group + piece * rows
+                state = join(shared, count_shared, part_shared, first_row, SHARED_CHUNK, state)
+            put(pair, piece, state[0] / state[2])
 
-        @pl.when(first < num_tokens * num_heads)
-        def _clear_padding():
-            zeros = plgpu.layout_cast(jnp.zeros((rows, head_dim), stage.dtype), layout)
-            stage[...] = zeros
-            plgpu.commit_smem()
-
-            @pl.loop(first, num_tokens * num_heads, step=streams * pieces)
-            def _(index):
-                target = out_ref.at[lax.div(index, num_heads), lax.rem(index, num_heads)]
-                plgpu.copy_smem_to_gmem(stage.at[0], target)
+        if clear:
+            pl.when(row >= counts_ref[2])(lambda: put(pair, piece, zeros))
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def merge(out_ref, parts: Parts, count: jax.Array, *, group: int, clear: bool, interpret=False) -> None:
-    """Writes the results of the pairs that were cut into `out_ref`.
+def merge(
+    out_ref,
+    own: Parts,
+    shared: Parts | None,
+    plan: DecodePlan,
+    *,
+    group: int,
+    streams: int,
+    multiprocessors: int,
+    clear: bool,
+    interpret=False,
+) -> None:
+    """Writes the results of the pairs of which there are parts into `out_ref`.
 
     Args:
       out_ref: Ref [T, num_heads, head_dim], which holds what `decode` wrote.
-      parts: what `decode` left.
-      count: int32[], how many tokens are real.
+      own, shared: what `decode` left of the rows' own keys and of the keys that runs of rows share.
       group: query heads a key-value head.
-      clear: whether to write zeros for the tokens from `count` on.
+      multiprocessors: how many there are to use.
+      clear: whether T is the number of rows, and to write zeros for those that are padding.
     """
-    head_dim = out_ref.shape[2]
+    num_tokens, num_heads, head_dim = out_ref.shape
     rows = max(1, 128 // head_dim)
-    streams, pieces = parts.values.shape[0], parts.values.shape[2] // rows
+    pieces = min(num_tokens, plan.order.shape[0]) * (num_heads // group) * (own.values.shape[1] // rows)
+    blocks = min(pieces, 8 * multiprocessors)
+    operands = [*own, *(shared or ())]
+
+    def body(items_ref, counts_ref, *refs):
+        own, rest = Parts(*refs[:2]), refs[len(operands) :]
+        shared = Parts(*refs[2:4]) if len(operands) == 4 else None
+        sizes = {"group": group, "streams": streams, "num_runs": num_runs, "blocks": blocks}
+        _merge_body(items_ref, counts_ref, own, shared, *rest, **sizes, clear=clear)
+
+    num_runs = plan.items.shape[0] - plan.order.shape[0]
     plgpu.kernel(
-        functools.partial(_merge_body, group=group, rows=rows, clear=clear),
+        body,
         out_type=(),
         scratch_types=(plgpu.SMEM((rows, head_dim), out_ref.dtype),),
-        grid=(streams, pieces),
-        grid_names=("stream", "piece"),
+        grid=(blocks,),
+        grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name="ragged_paged_merge",
-    )(*parts, count[None], out_ref)
+    )(plan.items, plan.counts, *operands, out_ref)

@@ -3,54 +3,103 @@
 Every layer that shares a page table and a window computes the same plan from the same metadata, so XLA keeps one copy.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from .gpu_share import shared_runs
 from .types import AttentionMetadata
 
+# Columns of DecodePlan.items
+FIRST, END, ROW, RUN, PLACE, BEGIN, TILES, NEXT = range(8)
 
-def row_tiles(kv_len: jax.Array, tile: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """(first tile that a decode row of `kv_len` keys sees, number of tiles, at least one); a tile is `tile` keys."""
-    first = jnp.zeros_like(kv_len) if window is None else jnp.maximum(kv_len - window, 0) // tile
-    return first, jnp.maximum((kv_len + tile - 1) // tile - first, 1)
+
+class DecodePlan(NamedTuple):
+    """All decode work as a list of (item, key-value head, tile) triples, cut into one run a stream.
+
+    An item is a row's own keys, or the keys that a run of rows share (`gpu_share`). The runs' items come first, V - S
+    of them; then those of the S rows. A pair is item * num_kv_heads + head.
+
+    Attributes:
+      streams: int32[streams, 4], first pair, tile in that pair, number of tiles, number of pairs touched.
+      items: int32[V, 8]: FIRST tile; END of the keys; ROW whose page table holds them; RUN, for a row's item its run
+        plus one (0: none), for a run's item its number of rows; PLACE, for a row's item its place in the run, for a
+        run's item where in `order` its rows stand; BEGIN in the list, for head 0; number of TILES a head;
+        the NEXT item that has any.
+      order: int32[S], rows.
+      counts: int32[3], tiles a stream, decode rows, real tokens.
+    """
+
+    streams: Any  # arrays outside of kernels, Refs inside
+    items: Any
+    order: Any
+    counts: Any
 
 
 def decode_plan(
-    metadata: AttentionMetadata, num_kv_heads: int, streams: int, tile: int, window: int | None
-) -> jax.Array:
-    """Cuts all (row, key-value head, tile) triples of the decode rows into `streams` runs of equal length.
+    metadata: AttentionMetadata,
+    num_kv_heads: int,
+    streams: int,
+    tile: int,
+    window: int | None,
+    *,
+    page_size: int = 1,
+    shared_rows: int = 0,
+) -> DecodePlan:
+    """Cuts the decode work into `streams` runs of equally many tiles.
 
-    A pair is row * num_kv_heads + head. A pair that is cut leaves several partial results, one a stream; `merge` says
-    who they are: the stream that holds a pair's second part merges all of them.
-
-    Returns:
-      int32[streams, 5]: first pair, tile in that pair, number of tiles, number of pairs touched, and merge, the number
-      of streams from this one on whose first piece continues the pair (0: this stream merges nothing).
+    Args:
+      tile: keys a tile.
+      shared_rows: the most rows that may share a read of common keys, whose pages are of `page_size`; 0: none do.
     """
-    rows = jnp.arange(metadata.kv_lens.shape[0], dtype=jnp.int32)
-    _, tiles = row_tiles(metadata.kv_lens, tile, window)
-    tiles = jnp.where(rows < metadata.num_decodes, tiles, 0)
+    size = metadata.kv_lens.shape[0]
+    row = jnp.arange(size, dtype=jnp.int32)
+    zero = jnp.zeros_like(row)
+    end = jnp.where(row < metadata.num_decodes, metadata.kv_lens, 0)
+    first = zero if window is None else jnp.maximum(end - window, 0) // tile
+    if shared_rows:
+        runs = shared_runs(metadata, page_size, tile, shared_rows)
+        order = runs.order
+        first = jnp.where(runs.run >= 0, runs.tiles[runs.run], first)
+        common = (0 * runs.start, runs.tiles * tile, order[runs.start], runs.rows, runs.start)
+        own = (first, end, row, runs.run + 1, runs.place)
+        fields = [jnp.concatenate(pair) for pair in zip(common, own)]
+    else:
+        order, fields = row, [first, end, row, zero, zero]
+    tiles = (fields[END] + tile - 1) // tile - fields[FIRST]
     ends = jnp.cumsum(tiles * num_kv_heads, dtype=jnp.int32)
+    begin = ends - tiles * num_kv_heads
+    item = jnp.arange(tiles.shape[0], dtype=jnp.int32)
+    follows = (item[None, :] > item[:, None]) & (tiles[None, :] > 0)
+    following = jnp.min(jnp.where(follows, item[None, :], item[-1]), axis=1)
+    items = jnp.stack([*fields, begin, tiles, following], axis=1)
+
     total = ends[-1]
     length = (total + streams - 1) // streams
     begins = jnp.minimum(jnp.arange(streams + 1, dtype=jnp.int32) * length, total)
 
     def locate(position):
-        row = jnp.sum(ends[None, :] <= position[:, None], axis=1, dtype=jnp.int32)
-        row = jnp.minimum(row, rows.shape[0] - 1)
-        inside = position - (ends[row] - tiles[row] * num_kv_heads)
-        size = jnp.maximum(tiles[row], 1)
-        return row * num_kv_heads + inside // size, inside % size
+        item = jnp.sum(ends[None, :] <= position[:, None], axis=1, dtype=jnp.int32)
+        item = jnp.minimum(item, ends.shape[0] - 1)
+        inside = position - begin[item]
+        per_head = jnp.maximum(tiles[item], 1)
+        head = jnp.minimum(inside // per_head, num_kv_heads - 1)  # streams without work point past the end
+        return item * num_kv_heads + head, inside % per_head
 
     pair, offset = locate(begins[:-1])
     last_pair, _ = locate(begins[1:] - 1)
     count = begins[1:] - begins[:-1]
-    pairs = jnp.where(count > 0, last_pair - pair + 1, 0)
-    continues = (count > 0) & (offset > 0)
-    same = continues[None, :] & (pair[None, :] == pair[:, None])
-    first_to_continue = continues & (jnp.argmax(same, axis=1) == jnp.arange(streams))
-    merge = jnp.where(first_to_continue, jnp.sum(same, axis=1, dtype=jnp.int32), 0)
-    return jnp.stack([pair, offset, count, pairs, merge], axis=1)
+    # Items without tiles may lie between two pairs; streams step over them and do not count them.
+    filled = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(tiles > 0, dtype=jnp.int32)])
+    first_number, last_number = (filled[p // num_kv_heads] * num_kv_heads + p % num_kv_heads for p in (pair, last_pair))
+    segments = jnp.where(count > 0, last_number - first_number + 1, 0)
+    return DecodePlan(
+        jnp.stack([pair, offset, count, segments], axis=1),
+        items,
+        order,
+        jnp.stack([length, metadata.num_decodes, metadata.query_starts[metadata.num_rows]]),
+    )
 
 
 def prefill_plan(metadata: AttentionMetadata, block: int) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .gpu_common import LOG2E, NO_MAXIMUM, PER_ROW, ROWS, WGMMA, clear_rows, find_pages, rows_of, soft_cap, tiled
+from .gpu_common import (
+    LOG2E,
+    NO_MAXIMUM,
+    PER_ROW,
+    ROWS,
+    WGMMA,
+    clear_rows,
+    copy_tile,
+    find_pages,
+    rows_of,
+    soft_cap,
+    tiled,
+)
 from .gpu_plan import prefill_plan
 from .types import AttentionMetadata
 
@@ -111,7 +123,7 @@ def _prefill_body(
                         plgpu.copy_gmem_to_smem(source, target, q_filled.at[consumer])
 
             def step(index, tiles):
-                copies = find_pages(cache_ref, table_ref, row, index * tile, tile, head)
+                pages = find_pages(cache_ref, table_ref, row, index * tile, tile)
                 for part in range(2):
                     slot = lax.rem(2 * tiles + part, slots)
 
@@ -119,7 +131,7 @@ def _prefill_body(
                     def await_slot():
                         plgpu.barrier_wait(emptied.at[slot])
 
-                    copies(part, ring.at[slot], filled.at[slot])
+                    copy_tile(cache_ref, pages, index * tile, head, part, ring.at[slot], filled.at[slot])
                 return tiles + 1
 
             tiles = lax.fori_loop(jnp.where(there, first, end), end, step, tiles)

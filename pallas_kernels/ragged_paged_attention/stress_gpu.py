@@ -23,9 +23,12 @@ LAYERS = 32
 
 
 def make_metadata(
-    rng, rows, *, page_size, num_pages, tokens, max_rows, table_width=None, decodes_only=False
+    rng, rows, *, page_size, num_pages, tokens, max_rows, table_width=None, decodes_only=False, prefixes=None
 ) -> AttentionMetadata:
-    """Metadata of `rows`, a list of (query tokens, keys), one-token rows first, over pages drawn at random."""
+    """Metadata of `rows`, a list of (query tokens, keys), one-token rows first, over pages drawn at random.
+
+    `prefixes` has for each row (name, pages): rows of one name share their first pages.
+    """
     rows = sorted(rows, key=lambda row: row[0] != 1)
     widths = [-(-keys // page_size) for _, keys in rows]
     table_width = table_width or max(widths, default=1)
@@ -37,7 +40,11 @@ def make_metadata(
     starts = np.zeros(max_rows + 1, np.int32)
     at = 0
     for row, (queries, keys) in enumerate(rows):
-        tables[row, : widths[row]] = [next(free) for _ in range(widths[row])]
+        pages = 0
+        if prefixes is not None and prefixes[row][0] in {name for name, _ in prefixes[:row]}:
+            name, pages = prefixes[row]
+            tables[row, :pages] = tables[[other for other, _ in prefixes].index(name), :pages]
+        tables[row, pages : widths[row]] = [next(free) for _ in range(widths[row] - pages)]
         kv_lens[row] = keys
         here = np.arange(keys - queries, keys)
         positions[at : at + queries] = here
@@ -48,13 +55,15 @@ def make_metadata(
     starts[len(rows) + 1 :] = at
     decodes = sum(queries == 1 for queries, _ in rows)
     arrays = (positions, row_ids, starts, kv_lens, tables, slots, np.int32(len(rows)), np.int32(decodes))
-    made = AttentionMetadata(*map(jnp.asarray, arrays))  # type: ignore[arg-type]
-    return dataclasses.replace(made, decodes_only=decodes_only)
+    names = [field.name for field in dataclasses.fields(AttentionMetadata)]
+    return AttentionMetadata(
+        **{name: jnp.asarray(value) for name, value in zip(names, arrays)}, decodes_only=decodes_only
+    )
 
 
 def make_case(
     seed, rows, *, heads, kv_heads, head_dim, page_size, tokens=None, max_rows=None, table_width=None, window=None,
-    decodes_only=False,
+    decodes_only=False, prefixes=None,
 ):  # fmt: skip
     """(q, k, v, cache, metadata) in bfloat16 with NaN in everything that no query may see."""
     rng = np.random.default_rng(seed)
@@ -63,7 +72,7 @@ def make_case(
     num_pages = sum(-(-keys // page_size) for _, keys in rows) + 3
     metadata = make_metadata(
         rng, rows, page_size=page_size, num_pages=num_pages, tokens=tokens, max_rows=max_rows,
-        table_width=table_width, decodes_only=decodes_only,
+        table_width=table_width, decodes_only=decodes_only, prefixes=prefixes,
     )  # fmt: skip
     cache = np.full((num_pages, 2, kv_heads, page_size, head_dim), np.nan, np.float32)
     tables = np.array(metadata.page_tables)
@@ -116,24 +125,39 @@ def check(seconds: float):
             options["sinks"] = jnp.asarray(rng.standard_normal(heads), jnp.float32)
         run = jax.jit(functools.partial(gpu.ragged_paged_attention, **options))
         truth = jax.jit(functools.partial(reference.ragged_paged_attention, **options))
+        decodes_only = count % 2 == 0
+        tokens, max_rows = (33, 33) if decodes_only else (160, 17)
         for _ in range(4):  # one compilation, several batches
-            rows = random_rows(rng, int(rng.integers(1, 17)), 700, 100)
-            while sum(queries for queries, _ in rows) > 160:
+            rows, prefixes = random_rows(rng, int(rng.integers(1, max_rows)), 700, 1 if decodes_only else 100), None
+            while sum(queries for queries, _ in rows) > tokens:
                 rows.pop()
+            if rng.random() < 0.5:
+                rows.sort(key=lambda row: row[0] != 1)
+                shared = [int(name) for name in rng.integers(0, 4, len(rows))]  # three prefixes, and none
+                prefixes = [(name, 256 // page_size * name) for name in shared]
+                rows = [(queries, keys + 256 * name) for name, (queries, keys) in zip(shared, rows)]
             args = make_case(
                 int(rng.integers(1 << 31)), rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-                page_size=page_size, tokens=160, max_rows=17, table_width=56, window=window,
+                page_size=page_size, tokens=tokens, max_rows=max_rows, table_width=-(-1568 // page_size),
+                window=window, decodes_only=decodes_only, prefixes=prefixes,
             )  # fmt: skip
-            expected, _ = truth(*args)
-            first, _ = run(*args)
+            expected, expected_cache = truth(*args)
+            first, cache = run(*args)
+            same = True
             for _ in range(3):
                 again, _ = run(*args)
-                same = bool((again == first).all())
+                same &= bool((again == first).all())
             error = relative_error(first, expected)
+            written = bool(
+                ((cache == expected_cache) | (cache != cache) & (expected_cache != expected_cache))[1:].all()
+            )
             worst = max(worst, error)
-            if not (error < 1e-2 and same):
+            if not (error < 1e-2 and same and written):
                 wrong += 1
-                print(f"WRONG {error=:.2e} {same=} {heads=} {kv_heads=} {head_dim=} {page_size=} {options=} {rows=}")
+                print(
+                    f"WRONG {error=:.2e} {same=} {written=} {heads=} {kv_heads=} {head_dim=} {page_size=} {options=} "
+                    f"{decodes_only=} {rows=} {prefixes=}"
+                )
         count += 1
     print(f"checked {count} kinds of batch, 4 batches each; worst relative error {worst:.2e}; {wrong} wrong")
     if wrong:
@@ -171,7 +195,8 @@ def make_caches(num_pages, page_size, kv_heads=8, head_dim=128):
 DECODES = {
     "64 x 2048": [2048] * 64,
     "8 x 8192": [8192] * 8,
-    "256 x 384 ragged": None,
+    "256 x 384 ragged": [int(n) for n in np.random.default_rng(0).integers(128, 641, 256)],
+    "256 x 160 after 2048 shared": [2208] * 256,
     "1 x 8192": [8192],
     "1 x 512": [512],
 }
@@ -212,18 +237,20 @@ def time_cases(kind, page_size, one_layer, label, names=None, heads=32, kv_heads
     if caches is None:
         caches = make_caches(131072 // page_size + 300, page_size, kv_heads, head_dim)
     for name in names or (DECODES if kind == "decode" else PREFILLS):
+        prefixes = None
         if kind == "decode":
-            lens = DECODES[name] or [int(x) for x in rng.integers(64, 705, 256)]
-            rows = [(1, n) for n in lens]
-            work, unit = 4 * kv_heads * head_dim * sum(lens), "TB/s"
+            rows = [(1, n) for n in DECODES[name]]
+            if "shared" in name:
+                prefixes = [("all", 2048 // page_size)] * len(rows)
+            work, unit = 4 * kv_heads * head_dim * sum(DECODES[name]), "TB/s"
         else:
             rows = PREFILLS[name]
             pairs = sum(queries * keys - queries * (queries - 1) // 2 for queries, keys in rows)
             work, unit = 4 * heads * head_dim * pairs, "TFLOP/s"
-        tokens = max(8, sum(queries for queries, _ in rows))
+        tokens = sum(queries for queries, _ in rows)
         metadata = make_metadata(
-            rng, rows, page_size=page_size, num_pages=caches[0].shape[0], tokens=tokens,
-            max_rows=max(8, len(rows)), table_width=16384 // page_size,
+            rng, rows, page_size=page_size, num_pages=caches[0].shape[0], tokens=tokens, max_rows=len(rows),
+            table_width=16384 // page_size, decodes_only=kind == "decode", prefixes=prefixes,
         )  # fmt: skip
         q = jax.random.normal(jax.random.key(1), (tokens, heads, head_dim), jnp.bfloat16)
         kv = jax.random.normal(jax.random.key(2), (2, tokens, kv_heads, head_dim), jnp.bfloat16)

@@ -15,11 +15,12 @@ from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillConfig
 from pallas_kernels.ragged_paged_attention.stress_gpu import make_case, make_metadata, relative_error
 from pallas_kernels.ragged_paged_attention.types import CacheSpec
 
+SHAPE = ("tokens", "max_rows", "table_width", "decodes_only", "prefixes")
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
 def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=64, sinks=False, blocks=2, **options):
-    shape = {key: options.pop(key) for key in ("tokens", "max_rows", "table_width", "decodes_only") if key in options}
+    shape = {key: options.pop(key) for key in SHAPE if key in options}
     pack = options.pop("pack", 1)
     args = make_case(
         0,
@@ -90,6 +91,20 @@ def test_decodes_only_with_everything(capfd):
     run_and_compare(capfd, rows, heads=7, page_size=16, tokens=5, decodes_only=True, **options)
 
 
+def test_rows_that_share_their_first_pages(capfd):
+    """Runs that streams cut and runs that they do not, interleaved, more rows of one prefix than a run may have."""
+    lens = [260, 385, 330, 257, 300, 390, 270, 380, 400]
+    prefixes = [("a", 4), ("a", 4), ("b", 4), ("a", 4), ("b", 4), ("a", 4), ("b", 4), ("a", 4), ("c", 0)]
+    options = {"heads": 16, "tokens": 10, "decodes_only": True, "sinks": True, "prefixes": prefixes}
+    run_and_compare(capfd, [(1, n) for n in lens], blocks=3, **options)
+
+
+def test_shared_pages_of_a_mixed_batch(capfd):
+    rows = [(1, 300)] * 8 + [(30, 330)]
+    prefixes = [("a", 4)] * 8 + [("b", 0)]
+    run_and_compare(capfd, rows, heads=7, page_size=32, tokens=64, cap=5.0, prefixes=prefixes, blocks=1)
+
+
 def test_decodes_only_without_rows(capfd):
     run_and_compare(capfd, [], tokens=2, table_width=1, decodes_only=True)
 
@@ -152,17 +167,16 @@ def test_decode_plan_covers_every_tile_once(seed):
     metadata = make_metadata(
         rng, [(1, n) for n in lens] + [(5, 9)], page_size=16, num_pages=400, tokens=16, max_rows=12
     )
-    plan = np.asarray(decode_plan(metadata, kv_heads, streams, tile, window))
-    seen, parts = [], {}
-    for stream, (pair, offset, count, pairs, _) in enumerate(plan):
-        for _ in range(pairs):
-            kv_len = lens[pair // kv_heads]
-            first = 0 if window is None else max(0, kv_len - window) // tile
-            tiles = -(-kv_len // tile) - first
+    plan = jax.tree.map(np.asarray, decode_plan(metadata, kv_heads, streams, tile, window))
+    seen: list[tuple[int, int]] = []
+    for pair, offset, count, segments in plan.streams:
+        for _ in range(segments):
+            item, head = divmod(int(pair), kv_heads)
+            first, _, row, _, _, _, tiles, next_item = plan.items[item]
             here = min(tiles - offset, count)
-            seen += [(pair, first + offset + i) for i in range(here)]
-            parts.setdefault(pair, []).append(stream)
-            pair, offset, count = pair + 1, 0, count - here
+            seen += [(row * kv_heads + head, first + offset + i) for i in range(here)]
+            pair = next_item * kv_heads if head + 1 == kv_heads else pair + 1
+            offset, count = 0, count - here
         assert count == 0
     expected = [
         (row * kv_heads + head, tile_index)
@@ -171,8 +185,43 @@ def test_decode_plan_covers_every_tile_once(seed):
         for tile_index in range((max(0, kv_len - window) if window else 0) // tile, -(-kv_len // tile))
     ]
     assert seen == expected
-    merges = {int(plan[stream, 0]): (stream, int(plan[stream, 4])) for stream in range(streams) if plan[stream, 4]}
-    assert merges == {pair: (who[1], len(who) - 1) for pair, who in parts.items() if len(who) > 1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shared_plan_covers_every_key_once(seed):
+    """Each row's own tiles and those of its run are all of its tiles; the rows of a run have the same pages there."""
+    rng = np.random.default_rng(seed)
+    page_size, tile, most = int(rng.choice([16, 64, 128])), 64, 4
+    prefixes = [(int(name), 2 * int(name)) for name in rng.integers(0, 5, int(rng.integers(8, 30)))]
+    lens = [int(n) + pages * page_size for (_, pages), n in zip(prefixes, rng.integers(1, 300, len(prefixes)))]
+    metadata = make_metadata(
+        rng, [(1, n) for n in lens] + [(5, 9)], page_size=page_size, num_pages=2000, tokens=64, max_rows=33,
+        prefixes=[*prefixes, ("prefill", 0)],
+    )  # fmt: skip
+    plan = jax.tree.map(np.asarray, decode_plan(metadata, 2, 7, tile, None, page_size=page_size, shared_rows=most))
+    num_runs = len(plan.items) - 33
+    assert sorted(plan.order) == list(range(33))
+    members: dict[int, list[int]] = {}
+    for row, item in enumerate(plan.items[num_runs:]):
+        first, end, source, run, place, _, tiles, _ = item
+        assert source == row and end == (lens[row] if row < len(lens) else 0)
+        assert (first + tiles) * tile >= end > (first + tiles - 1) * tile or not end
+        assert (first > 0) == (run > 0)
+        if run:
+            assert first == plan.items[run - 1][6]
+            assert plan.order[plan.items[run - 1][4] + place] == row
+            members.setdefault(run - 1, []).append(row)
+    tables = np.asarray(metadata.page_tables)
+    for run, (first, end, source, rows, *_) in enumerate(plan.items[:num_runs]):
+        assert rows == len(members.get(run, [])) and rows <= most
+        for row in members.get(run, []):
+            np.testing.assert_array_equal(tables[row, : -(-end // page_size)], tables[source, : -(-end // page_size)])
+            assert end < lens[row] and first == 0
+    if page_size > 16:  # rows of one name find each other, however they are mixed
+        for name in {name for name, pages in prefixes if pages >= 8}:
+            of_name = [row for row, (other, _) in enumerate(prefixes) if other == name]
+            alone = [row for row in of_name if not plan.items[num_runs + row][3]]
+            assert len(alone) <= (len(of_name) % most == 1)
 
 
 def test_prefill_plan_is_complete_and_costliest_first():
