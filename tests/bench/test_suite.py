@@ -1,0 +1,171 @@
+"""`jaxllm bench all`: every part writes its file, and what fails or is killed takes nothing with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxllm.bench import busy, results, suite
+from jaxllm.bench.facts import command_line
+from jaxllm.bench.memory import MemoryResult
+from jaxllm.cli.app import app
+from jaxllm.errors import ConfigError, InvalidRequestError
+
+ROOT = Path(__file__).resolve().parents[2]
+ONLINE = ("--rate", "200", "--num-requests", "3", "--mean-in", "16", "--mean-out", "8", "--serve-runs", "2")
+SMALL = ("--workload", "static_batch_1", "--runs", "1", *ONLINE)
+
+
+def run_all(*arguments, status: int = 0) -> str:
+    result = CliRunner().invoke(app, ["bench", "all", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def files(directory) -> dict[str, results.Part]:
+    """The parts that lie there, each read as `bench report` reads it."""
+    parts = [results.load(path) for path in directory.glob("*.json")]
+    return {part.part: part for part in parts}
+
+
+@pytest.fixture(scope="module")
+def everything(tiny_flags, tmp_path_factory):
+    output = tmp_path_factory.mktemp("out")
+    text = run_all(*tiny_flags, "--output", output, *SMALL, "--commit", "abc1234")
+    return text, output
+
+
+def test_every_part_has_its_file_with_its_facts(everything):
+    text, output = everything
+    found = files(output)
+    assert set(found) == set(suite.PARTS)
+    for part in found.values():
+        facts = part.facts
+        assert (facts.device, facts.num_devices, facts.dtype, facts.driver) == ("cpu", 1, "float32", None)
+        assert facts.commit == "abc1234" and facts.jax and facts.host and facts.date.startswith("20")
+        assert facts.command.startswith("jaxllm") and "compilation_cache_dir" not in facts.options
+        assert facts.options["page_size"] == 16 and part.results
+    names = {path.name for path in output.iterdir()}
+    assert names == {f"cpu-{found['start'].facts.model}-{part}.json" for part in suite.PARTS}
+    assert "has failed" not in text
+
+
+def test_what_the_parts_found(everything):
+    _, output = everything
+    found = {name: part.results for name, part in files(output).items()}
+    empty, full = found["start"]
+    assert (empty.cache, full.cache) == ("empty", "full") and empty.num_executables == full.num_executables > 4
+    for result in (empty, full):
+        times = [result.imported, result.ready, result.first_token, result.answered, result.compiled]
+        assert times == sorted(times) and times[0] > 0
+        assert result.engine_start == pytest.approx(result.first_token - result.imported)
+    (ceilings,) = found["ceilings"]
+    assert ceilings.bandwidth > 1e8 and ceilings.flops > 1e9
+    assert {(r.kind, r.backend, r.page_size) for r in found["attention"]} == {
+        ("decode", "xla", 16),
+        ("prefill", "xla", 16),
+    }
+    for r in found["attention"]:
+        assert r.share == pytest.approx(
+            r.bandwidth / ceilings.bandwidth if r.kind == "decode" else r.flops / ceilings.flops
+        )
+    (workload,) = found["throughput"]
+    assert workload.workload == "static_batch_1" and workload.output_tokens == 64
+    assert workload.floor_seconds / workload.seconds == pytest.approx(workload.floor_share)
+    assert [r.after for r in found["memory"]] == ["warm-up", "throughput", "serve"]
+    for r in found["memory"]:
+        assert isinstance(r, MemoryResult) and r.weights > 0 and r.step > 0 and r.budget is None
+        assert r.live >= r.weights + r.cache > r.weights  # the plan's weights and pages are there
+    (traced,) = found["busy"]
+    assert traced.workload == "cpu_ragged" and 0 < traced.busy_seconds <= traced.kernel_seconds
+    assert 0 < traced.busy_share <= 1 and 0 <= traced.padded_share < 1 and traced.steps > 64
+    assert traced.kernels == sorted(traced.kernels, key=lambda kernel: -kernel.seconds)
+    (rate,) = found["serve"]
+    assert rate.rate == 200 and len(rate.runs) == 2 and rate.median.late_compilations == 0
+
+
+def test_parts_are_chosen(tiny_flags, tmp_path):
+    run_all(*tiny_flags, "--output", tmp_path, "--only", "ceilings,memory", "--compile-late")
+    assert set(files(tmp_path)) == {"ceilings", "memory"}
+    (memory,) = files(tmp_path)["memory"].results
+    assert memory.after == "start"
+    with pytest.raises(InvalidRequestError, match="only='speed': must be one of start, ceilings"):
+        run_all(*tiny_flags, "--output", tmp_path, "--only", "memory,speed")
+    with pytest.raises(InvalidRequestError, match="workload='no_such'"):
+        run_all(*tiny_flags, "--output", tmp_path, "--workload", "no_such")
+
+
+def test_a_part_that_fails_keeps_what_it_has_and_leaves_the_others_alone(tiny_flags, tmp_path, monkeypatch):
+    def fails_later(session, name, runs):
+        if name == "cpu_ragged":
+            raise RuntimeError("broken")
+        return whole(session, name, runs)
+
+    whole = suite.run_throughput
+    monkeypatch.setattr(suite, "run_throughput", fails_later)
+    flags = "--only", "throughput,serve", "--compile-late", "--runs", 1, *ONLINE
+    text = run_all(*tiny_flags, "--output", tmp_path, *flags, status=1)
+    assert "throughput has failed: RuntimeError: broken" in text
+    found = files(tmp_path)
+    assert [r.workload for r in found["throughput"].results] == ["cpu_single"]
+    assert len(found["serve"].results) == 1
+
+
+def test_a_killed_run_keeps_its_parts(tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--output", str(tmp_path), "--only", "ceilings,throughput", "--compile-late"]
+    endless = ["--runs", "1", "--workload", "cpu_single"] + ["--workload", "static_batch_128"] * 100
+    command = [sys.executable, "-m", "jaxllm", "bench", "all", *flags, *endless]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("*-throughput.json")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    found = files(tmp_path)
+    assert set(found) == {"ceilings", "throughput"}
+    assert found["throughput"].results[0].workload == "cpu_single"
+
+
+def test_saving_never_shows_half_a_file(everything, tmp_path, monkeypatch):
+    _, output = everything
+    part = files(output)["throughput"]
+    path = tmp_path / "x.json"
+    results.save(path, part.part, part.facts, part.results)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
+    with pytest.raises(OSError, match="killed here"):
+        results.save(path, part.part, part.facts, part.results * 2)
+    assert path.read_bytes() == before
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    for name, content in (
+        ("a", "{"),
+        ("b", "{}"),
+        ("c", json.dumps({"part": "throughput", "facts": {}, "results": []})),
+    ):
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=f"{name}: is no file of results"):
+            results.load(path)
+    with pytest.raises(ConfigError, match="no results"):
+        results.load_all([tmp_path])
+
+
+def test_busy_time_counts_overlapping_kernels_once():
+    assert busy.union([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
+    assert busy.union([]) == 0
+
+
+def test_commands_are_told_without_paths_of_results():
+    typed = ["/usr/bin/jaxllm", "bench", "all", "--output", "/tmp/x", "--only", "serve", "--json=/tmp/y"]
+    assert command_line(typed) == "jaxllm bench all --output PATH --only serve --json=PATH"
