@@ -1,6 +1,6 @@
 """`jaxllm bench all`, part attention: one layer of ragged paged attention, its write included, at fixed batches.
 
-On an accelerator the batches are those that the kernels are tuned on, over 32 layers' caches in turn, so that the
+On an accelerator the batches are those that the kernels are tuned on, over many layers' caches in turn, so that the
 second-level cache cannot flatter; on a CPU they are small.
 """
 
@@ -17,7 +17,8 @@ from jaxllm.bench.floor import Ceilings
 from pallas_kernels.ragged_paged_attention import CacheSpec, cache_shape, ragged_paged_attention
 
 Rows = list[tuple[int, int]]  # (query tokens, keys)
-ACCELERATOR_LAYERS, CPU_LAYERS = 32, 2
+MAX_LAYERS, CACHES_BYTES = 32, 20_000_000_000  # as many layers as these bytes hold, on an accelerator
+CPU_LAYERS = 2
 CACHE_TOKENS = 64 * 2048 + 16384  # of one layer's cache on an accelerator: the largest batch and some
 
 
@@ -83,12 +84,17 @@ def measure_attention(
     num_pages = (2048 if on_cpu else CACHE_TOKENS) // page_size + 1
     shape = cache_shape(CacheSpec(num_pages, page_size, kv_heads, head_dim, dtype), backend)
     fill = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), shape.shape, shape.dtype))
-    caches = [fill(layer) for layer in range(CPU_LAYERS if on_cpu else ACCELERATOR_LAYERS)]
+    held = CACHES_BYTES // (shape.size * shape.dtype.itemsize)
+    caches = [fill(layer) for layer in range(CPU_LAYERS if on_cpu else max(1, min(MAX_LAYERS, held)))]
+
+    @jax.jit  # once for all layers: lowering a Mosaic kernel takes seconds
+    def one_layer(q, k, v, cache, metadata):
+        return ragged_paged_attention(q, k, v, cache, metadata, backend=backend, scale=head_dim**-0.5)
 
     def layers(q, k, v, caches, metadata):
         made = []
         for cache in caches:
-            q, cache = ragged_paged_attention(q, k, v, cache, metadata, backend=backend, scale=head_dim**-0.5)
+            q, cache = one_layer(q, k, v, cache, metadata)
             made.append(cache)
         return q, made
 

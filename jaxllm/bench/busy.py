@@ -11,7 +11,7 @@ import jax
 from jax.profiler import ProfileData
 
 from jaxllm.bench.session import Session
-from jaxllm.bench.throughput import Figures, run_once, workload
+from jaxllm.bench.throughput import run_once, workload
 
 TOP = 15  # kernels that are told one by one
 
@@ -51,14 +51,13 @@ class BusyResult:
     kernels: list[Kernel]
 
 
-def measure_busy(session: Session, name: str, num_requests: int | None = None) -> BusyResult:
+def measure_busy(session: Session, name: str) -> BusyResult:
     """Runs a workload twice, the second time under `jax.profiler`. Raises RuntimeError if that recorded nothing."""
-    requests = workload(name, session.vocab_size, num_requests)
+    requests = workload(name, session.vocab_size)
     seconds, _ = run_once(session, requests)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 0 if jax.default_backend() != "cpu" else 2  # on a CPU kernels are the host's events
-    figures: Figures
     with tempfile.TemporaryDirectory(prefix="jaxllm-bench-") as directory:
         with jax.profiler.trace(directory, profiler_options=options):
             traced, figures = run_once(session, requests)

@@ -1,5 +1,6 @@
 """`jaxllm bench all`: every part writes its file, and what fails or is killed takes nothing with it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from jaxllm.async_llm import AsyncLLM
 from jaxllm.bench import busy, results, suite
 from jaxllm.bench.facts import command_line
 from jaxllm.bench.memory import MemoryResult
@@ -20,6 +22,7 @@ from jaxllm.errors import ConfigError, InvalidRequestError
 ROOT = Path(__file__).resolve().parents[2]
 ONLINE = ("--rate", "200", "--num-requests", "3", "--mean-in", "16", "--mean-out", "8", "--serve-runs", "2")
 SMALL = ("--workload", "static_batch_1", "--runs", "1", *ONLINE)
+HERE = [part for part in suite.PARTS if part != "start"]  # in this process
 
 
 def run_all(*arguments, status: int = 0) -> str:
@@ -37,14 +40,14 @@ def files(directory) -> dict[str, results.Part]:
 @pytest.fixture(scope="module")
 def everything(tiny_flags, tmp_path_factory):
     output = tmp_path_factory.mktemp("out")
-    text = run_all(*tiny_flags, "--output", output, *SMALL, "--commit", "abc1234")
+    text = run_all(*tiny_flags, "--output", output, "--only", ",".join(HERE), *SMALL, "--commit", "abc1234")
     return text, output
 
 
 def test_every_part_has_its_file_with_its_facts(everything):
     text, output = everything
     found = files(output)
-    assert set(found) == set(suite.PARTS)
+    assert set(found) == set(HERE)
     for part in found.values():
         facts = part.facts
         assert (facts.device, facts.num_devices, facts.dtype, facts.driver) == ("cpu", 1, "float32", None)
@@ -52,19 +55,13 @@ def test_every_part_has_its_file_with_its_facts(everything):
         assert facts.command.startswith("jaxllm") and "compilation_cache_dir" not in facts.options
         assert facts.options["page_size"] == 16 and part.results
     names = {path.name for path in output.iterdir()}
-    assert names == {f"cpu-{found['start'].facts.model}-{part}.json" for part in suite.PARTS}
+    assert names == {f"cpu-{found['serve'].facts.model}-{part}.json" for part in HERE}
     assert "has failed" not in text
 
 
 def test_what_the_parts_found(everything):
     _, output = everything
     found = {name: part.results for name, part in files(output).items()}
-    empty, full = found["start"]
-    assert (empty.cache, full.cache) == ("empty", "full") and empty.num_executables == full.num_executables > 4
-    for result in (empty, full):
-        times = [result.imported, result.ready, result.first_token, result.answered, result.compiled]
-        assert times == sorted(times) and times[0] > 0
-        assert result.engine_start == pytest.approx(result.first_token - result.imported)
     (ceilings,) = found["ceilings"]
     assert ceilings.bandwidth > 1e8 and ceilings.flops > 1e9
     assert {(r.kind, r.backend, r.page_size) for r in found["attention"]} == {
@@ -88,6 +85,23 @@ def test_what_the_parts_found(everything):
     assert traced.kernels == sorted(traced.kernels, key=lambda kernel: -kernel.seconds)
     (rate,) = found["serve"]
     assert rate.rate == 200 and len(rate.runs) == 2 and rate.median.late_compilations == 0
+
+
+def test_starts_are_processes_of_their_own(tiny_flags, tmp_path):
+    run_all(*tiny_flags, "--output", tmp_path, "--only", "start", "--max-num-seqs", 1, "--token-rungs", 64)
+    part = files(tmp_path)["start"]
+    assert (part.facts.device, part.facts.num_devices, part.facts.dtype) == ("cpu", 1, "float32")
+    empty, full = part.results
+    assert (empty.cache, full.cache) == ("empty", "full") and empty.num_executables == full.num_executables > 2
+    for result in (empty, full):
+        times = [result.imported, result.ready, result.first_token, result.answered, result.compiled]
+        assert times == sorted(times) and times[0] > 0
+        assert result.engine_start == pytest.approx(result.first_token - result.imported)
+
+
+def test_a_start_that_fails_is_told(tiny_flags, tmp_path):
+    text = run_all(*tiny_flags, "--output", tmp_path, "--only", "start", "--max-model-len", 100_000, status=1)
+    assert "start has failed: EngineDeadError" in text and not list(tmp_path.iterdir())
 
 
 def test_parts_are_chosen(tiny_flags, tmp_path):
@@ -133,6 +147,14 @@ def test_a_killed_run_keeps_its_parts(tiny_flags, tmp_path):
     found = files(tmp_path)
     assert set(found) == {"ceilings", "throughput"}
     assert found["throughput"].results[0].workload == "cpu_single"
+
+
+def test_an_engine_that_is_given_brings_its_own_options():
+    async def open_it() -> None:
+        AsyncLLM(engine=object(), page_size=16)  # type: ignore[arg-type]
+
+    with pytest.raises(ConfigError, match="options page_size: the engine given"):
+        asyncio.run(open_it())
 
 
 def test_saving_never_shows_half_a_file(everything, tmp_path, monkeypatch):
