@@ -99,7 +99,7 @@ def measure_attention(
         return q, made
 
     for (kind, name), rows in batches(on_cpu).items():
-        tokens = max(8, sum(queries for queries, _ in rows))
+        tokens = sum(queries for queries, _ in rows)
         metadata = make_metadata(
             np.random.default_rng(0),
             rows,

@@ -286,7 +286,7 @@ def every(
 ) -> None:
     """Every part of a report over one engine, warmed up once: each result is written as soon as it is there.
 
-    Online requests arrive at 4, 12, 20 and 28 a second unless --rate says otherwise.
+    Online requests arrive at 4, 12, 20 and 28 a second, 256 each time: for a CPU choose less (--rate, --num-requests).
     """
     from jaxllm.bench import report
     from jaxllm.bench.suite import PARTS, Suite, run_suite

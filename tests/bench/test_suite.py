@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jax.profiler import ProfileData
 from typer.testing import CliRunner
 
 from jaxllm.async_llm import AsyncLLM
@@ -181,6 +182,35 @@ def test_files_that_are_none_are_refused(tmp_path):
             results.load(path)
     with pytest.raises(ConfigError, match="no results"):
         results.load_all([tmp_path])
+
+
+GPU_TRACE = """
+planes { name: "/host:CPU" lines { name: "tf_XLAPjRtCpuClient/1" events { metadata_id: 1 duration_ps: 9000000 } }
+         event_metadata { key: 1 value { id: 1 name: "of the host" } } }
+planes { name: "/device:GPU:1" lines { name: "Stream #7(Compute)" events { metadata_id: 1 duration_ps: 9000000 } }
+         event_metadata { key: 1 value { id: 1 name: "of another device" } } }
+planes { name: "/device:GPU:0"
+         lines { name: "Stream #7(Compute)" timestamp_ns: 100
+                 events { metadata_id: 1 offset_ps: 0 duration_ps: 4000000 }
+                 events { metadata_id: 2 offset_ps: 6000000 duration_ps: 1000000 } }
+         lines { name: "Stream #9(MemcpyD2H)" timestamp_ns: 100
+                 events { metadata_id: 3 offset_ps: 3000000 duration_ps: 2000000 } }
+         lines { name: "XLA Modules" timestamp_ns: 100 events { metadata_id: 1 duration_ps: 9000000 } }
+         event_metadata { key: 1 value { id: 1 name: "gemm" } }
+         event_metadata { key: 2 value { id: 2 name: "attention" } }
+         event_metadata { key: 3 value { id: 3 name: "copy" } } }
+"""
+
+
+def test_of_a_gpus_trace_the_first_devices_streams_count():
+    trace = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(GPU_TRACE))
+    events = list(busy.device_events(trace))
+    assert sorted((name, end - start) for name, start, end in events) == [
+        ("attention", 1000),
+        ("copy", 2000),
+        ("gemm", 4000),
+    ]
+    assert busy.union([(start, end) for _, start, end in events]) == 6000  # a copy runs beside a product for 1000
 
 
 def test_busy_time_counts_overlapping_kernels_once():
