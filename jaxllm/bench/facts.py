@@ -17,7 +17,7 @@ from typing import Any
 from jaxllm.bench.floor import Ceilings
 
 ROOT = Path(__file__).resolve().parents[2]
-_PLACES = ("--output", "--json", "--plot")  # where results go says nothing about them
+_PLACES = ("--output", "-o", "--json", "--plot")  # where results go says nothing about them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

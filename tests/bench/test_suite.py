@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jax.profiler import ProfileData
@@ -83,6 +84,8 @@ def test_what_the_parts_found(everything):
     (traced,) = found["busy"]
     assert traced.workload == "cpu_ragged" and 0 < traced.busy_seconds <= traced.kernel_seconds
     assert 0 < traced.busy_share <= 1 and 0 <= traced.padded_share < 1 and traced.steps > 64
+    assert len({kernel.name for kernel in traced.kernels}) == len(traced.kernels) and traced.busy_share_untraced is None
+    assert sum(kernel.seconds for kernel in traced.kernels) <= traced.kernel_seconds * (1 + 1e-9)
     assert traced.kernels == sorted(traced.kernels, key=lambda kernel: -kernel.seconds)
     (rate,) = found["serve"]
     assert rate.rate == 200 and len(rate.runs) == 2 and rate.median.late_compilations == 0
@@ -184,6 +187,14 @@ def test_files_that_are_none_are_refused(tmp_path):
         results.load_all([tmp_path])
 
 
+def test_a_trace_that_ends_early_is_no_result(monkeypatch):
+    monkeypatch.setattr(busy, "run_once", lambda *_: (5.0, None))  # so long that the few events are no record of it
+    monkeypatch.setattr(busy, "workload", lambda *_: [])
+    monkeypatch.setattr(busy, "device_events", lambda _: [("gemm", 0, 1e9), ("gemm", 3e9, 3.5e9)])
+    with pytest.raises(RuntimeError, match=r"recorded 3\.50 s of 5\.00 s"):
+        busy.measure_busy(SimpleNamespace(vocab_size=10), "cpu_ragged")  # type: ignore[arg-type]
+
+
 GPU_TRACE = """
 planes { name: "/host:CPU" lines { name: "tf_XLAPjRtCpuClient/1" events { metadata_id: 1 duration_ps: 9000000 } }
          event_metadata { key: 1 value { id: 1 name: "of the host" } } }
@@ -219,5 +230,5 @@ def test_busy_time_counts_overlapping_kernels_once():
 
 
 def test_commands_are_told_without_paths_of_results():
-    typed = ["/usr/bin/jaxllm", "bench", "all", "--output", "/tmp/x", "--only", "serve", "--json=/tmp/y"]
-    assert command_line(typed) == "jaxllm bench all --output PATH --only serve --json=PATH"
+    typed = ["/usr/bin/jaxllm", "bench", "all", "-o", "/tmp/x", "--only", "serve", "--json=/tmp/y"]
+    assert command_line(typed) == "jaxllm bench all -o PATH --only serve --json=PATH"
