@@ -52,6 +52,11 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
+def figures(value: float) -> str:
+    """A number to three figures or more, whatever its size."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def speed(value: float | None) -> str:
     """Tokens a second, to three or four figures."""
     return fixed(value, 1 if value is not None and value < 1000 else 0)
@@ -85,7 +90,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 def throughput(facts: Facts, results: Sequence[ThroughputResult]) -> list[Table]:
     """Each workload beside the floor, and with what every peer reached and the ratio of speeds."""
     theirs = {r.workload: peers_of(facts, r.workload) for r in results}
-    engines = sorted({engine for figures in theirs.values() for engine in figures}, reverse=True)
+    engines = sorted({engine for found in theirs.values() for engine in found}, reverse=True)
     columns = ["all requests at once", "seconds", "output tok/s", "total tok/s"]
     for engine in engines:
         columns += [f"{engine}, output tok/s", f"jaxllm ÷ {engine}"]
@@ -201,8 +206,8 @@ def start(facts: Facts, results: Sequence[StartResult]) -> list[Table]:
 
 def ceilings(facts: Facts, results: Sequence[Ceilings]) -> list[Table]:
     """What the device gives to a copy and to a product."""
-    rows = [[facts.device, fixed(r.bandwidth, 3, 1e-12), fixed(r.flops, 1, 1e-12)] for r in results]
-    return [Table("Ceilings of this device", ["device", "memory, TB/s", "GEMM, TFLOP/s"], rows)]
+    rows = [[facts.device, figures(r.bandwidth * 1e-9), figures(r.flops * 1e-12)] for r in results]
+    return [Table("Ceilings of this device", ["device", "memory, GB/s", "GEMM, TFLOP/s"], rows)]
 
 
 def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
@@ -211,7 +216,7 @@ def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
         "one layer of attention with its write",
         "batch",
         "µs",
-        "TB/s of keys and values",
+        "GB/s of keys and values",
         "TFLOP/s",
         "of ceiling",
     ]
@@ -220,8 +225,8 @@ def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
             r.kind,
             r.batch,
             fixed(r.seconds, 1, 1e6),
-            fixed(r.bandwidth, 2, 1e-12) if r.kind == "decode" else "",
-            fixed(r.flops, 0 if r.flops > 1e13 else 2, 1e-12) if r.kind == "prefill" else "",
+            figures(r.bandwidth * 1e-9) if r.kind == "decode" else "",
+            figures(r.flops * 1e-12) if r.kind == "prefill" else "",
             share(r.share),
         ]
         for r in results
@@ -235,8 +240,8 @@ def memory(facts: Facts, results: Sequence[MemoryResult]) -> list[Table]:
     columns = ["GB, after", "budget", "weights", "cache", "largest step", "live arrays", "in use", "peak", "host peak"]
     rows = []
     for r in results:
-        figures = r.budget, r.weights, r.cache, r.step, r.live, r.in_use, r.peak, r.host_peak
-        rows.append([r.after, *(fixed(figure, 3, 1e-9) for figure in figures)])
+        amounts = r.budget, r.weights, r.cache, r.step, r.live, r.in_use, r.peak, r.host_peak
+        rows.append([r.after, *(fixed(amount, 3, 1e-9) for amount in amounts)])
     notes = [
         "Budget, weights and cache are planned; the largest step's temporaries are XLA's figure; in use and peak are "
         "the device allocator's, live arrays JAX's."
@@ -277,8 +282,8 @@ def busy(facts: Facts, results: Sequence[BusyResult]) -> list[Table]:
     for r in results:
         cells = []
         for k in r.kernels:
-            figures = fixed(k.seconds / r.steps, 3, 1e3), fixed(k.calls / r.steps), share(k.seconds / r.kernel_seconds)
-            cells.append([k.name[:60], *figures])
+            told = fixed(k.seconds / r.steps, 3, 1e3), fixed(k.calls / r.steps), share(k.seconds / r.kernel_seconds)
+            cells.append([k.name[:60], *told])
         columns = [f"kernels of {r.workload}", "ms a step", "calls a step", "of all kernels' time"]
         tables.append(Table(f"Where the time of {r.workload} goes", columns, cells))
     return tables
