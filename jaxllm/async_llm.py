@@ -65,14 +65,24 @@ class AsyncLLM:
     Args:
       model, options: as in `LLM`; by default the engine core runs in a process of its own.
       max_concurrent_requests: `generate` waits (back-pressure) while so many requests are under way.
+      engine: one that has been started already and that nobody else drives meanwhile, instead of model and options.
     """
 
-    def __init__(self, model: str = "smollm2", *, max_concurrent_requests: int = 1024, **options: Any):
+    def __init__(
+        self,
+        model: str = "smollm2",
+        *,
+        max_concurrent_requests: int = 1024,
+        engine: FrontEngine | None = None,
+        **options: Any,
+    ):
         if type(max_concurrent_requests) is not int or max_concurrent_requests < 1:
             raise ConfigError(f"max_concurrent_requests={max_concurrent_requests!r}: must be an integer of at least 1")
+        if engine is not None and options:
+            raise ConfigError(f"options {', '.join(options)}: the engine given has been started with its own")
         options.setdefault("engine_process", True)
         self._loop = asyncio.get_running_loop()
-        self._engine: FrontEngine = start_engine(config_from(str(model), options))
+        self._engine: FrontEngine = engine or start_engine(config_from(str(model), options))
         self._client, self.builder = self._engine.client, self._engine.builder
         self._live: dict[str, _Live] = {}  # by sequence id
         self._requests: dict[str, _Live] = {}  # by request id

@@ -165,7 +165,7 @@ def test_the_public_names_and_the_console_script_exist():
 
 # --- locks -----------------------------------------------------------------------------------------------------------
 
-EXTRAS = ("dev", "serve", "cuda13", "tpu", "ray")
+EXTRAS = ("dev", "serve", "cuda13", "tpu", "ray", "bench")
 
 
 def pyproject() -> dict:

@@ -1,9 +1,10 @@
 """What the hardware allows: bytes and FLOPs that a model's work needs, and the least time that they take.
 
 The floor is that of an engine without overhead, whose memory holds every request at once: all prompts are computed in
-one go, common prefixes once, then each step gives every unfinished request a token. Weights are read once a step, a
-request's keys and values once for each of its tokens, and each phase takes the longer of its bytes over the copy
-bandwidth and its FLOPs over the GEMM rate. Norms, activations and sampling count as nothing.
+one go, common prefixes once, then each step gives every unfinished request a token. A step reads weights once, and the
+keys and values of every unfinished request once, those of a common prefix once for all who share it. Each phase takes
+the longer of its bytes over the copy bandwidth and its FLOPs over the GEMM rate. Norms, activations and sampling count
+as nothing.
 """
 
 import dataclasses
@@ -115,14 +116,18 @@ class ModelCost:
         else:
             pairs = sum(self._pairs(range(start + 1, end + 1)) for start, end in spans)
         flops = 2 * tokens * self.active_weights + 2 * num_sampled * self.head_weights + pairs * self.attention_flops
-        cached = sum(start for start, _ in spans)
-        return Work(self.weight_bytes(tokens) + (tokens + cached) * self.kv_bytes, flops)
+        return Work(self.weight_bytes(tokens) + tokens * self.kv_bytes, flops)
 
-    def decode(self, contexts: Sequence[int]) -> Work:
-        """One step of one token for each request; contexts count the tokens that each sees, its own included."""
+    def decode(self, contexts: Sequence[int], num_shared: int = 0) -> Work:
+        """One step of one token for each request.
+
+        contexts: tokens that each sees, its own included; num_shared: how many of all these are another's too and need
+        no reading of their own, in layers without a window.
+        """
         pairs = self._pairs(contexts)
+        read = pairs - num_shared * self.windows.count(None) / len(self.windows)
         flops = 2 * len(contexts) * (self.active_weights + self.head_weights) + pairs * self.attention_flops
-        return Work(self.weight_bytes(len(contexts)) + pairs * self.kv_bytes, flops)
+        return Work(self.weight_bytes(len(contexts)) + read * self.kv_bytes, flops)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -143,17 +148,30 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 def phases(cost: ModelCost, requests: Sequence[tuple[list[int], int]]) -> Iterator[Work]:
     """The work of a workload, phase by phase: all prompts, then each decode step."""
     spans: list[tuple[int, int]] = []
+    live: list[tuple[int, int, int]] = []  # (tokens, of which the one before has the same, outputs)
     previous: list[int] = []
-    for prompt in sorted(prompt for prompt, _ in requests):  # so that neighbours share the longest prefixes
-        spans.append((min(common_prefix(previous, prompt), len(prompt) - 1), len(prompt)))
+    for prompt, outputs in sorted(requests):  # so that neighbours share the longest prefixes
+        common = common_prefix(previous, prompt)
+        spans.append((min(common, len(prompt) - 1), len(prompt)))
+        live.append((len(prompt), common, outputs))
         previous = prompt
     yield cost.prefill(spans, len(requests))
-    live = [(len(prompt), outputs) for prompt, outputs in requests if outputs > 1]
     step = 1
-    while live:
-        yield cost.decode([length + step for length, _ in live])
+    while live := _unfinished(live, step):
+        yield cost.decode([length + step for length, _, _ in live], sum(common for _, common, _ in live))
         step += 1
-        live = [(length, outputs) for length, outputs in live if outputs > step]
+
+
+def _unfinished(live: list[tuple[int, int, int]], step: int) -> list[tuple[int, int, int]]:
+    """Those with more outputs than `step`, each with what it shares with the one that now stands before it."""
+    left: list[tuple[int, int, int]] = []
+    shared = 0  # the first has nobody before it
+    for length, common, outputs in live:
+        shared = min(shared, common)
+        if outputs > step:
+            left.append((length, shared, outputs))
+            shared = length
+    return left
 
 
 @dataclasses.dataclass(frozen=True)

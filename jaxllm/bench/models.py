@@ -37,5 +37,5 @@ def bench_model(model: str, options: dict[str, Any]) -> Iterator[tuple[str, dict
 
 
 def model_name(model: str) -> str:
-    """A model's name in results: without the prefix of a shape."""
-    return model.removeprefix(PREFIX)
+    """A model's name in results: without the prefix of a shape, and of a file or directory its last part alone."""
+    return Path(model).name if Path(model).exists() else model.removeprefix(PREFIX)

@@ -1,14 +1,14 @@
 """`jaxllm bench serve`: requests that arrive by a Poisson process, through `AsyncLLM` in this process.
 
 Figures are those of `vllm bench serve`: TTFT from arrival to the first token, TPOT (last - first) / (tokens - 1), ITL
-every gap between outputs of a request. Percentiles are over all requests (ITL: over all gaps).
+every gap between outputs of a request, E2EL from arrival to the last token; over all requests (ITL: over all gaps).
 """
 
 import asyncio
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxllm.async_llm import AsyncLLM
@@ -19,25 +19,88 @@ from jaxllm.bench.workloads import poisson_arrivals
 from jaxllm.errors import InvalidRequestError
 
 Arrival = tuple[float, list[int], int]
+TIMES = ("ttft", "tpot", "itl", "e2el")
+GOODPUT = ("ttft", "tpot", "e2el")  # what a single request has one of
+
+
+@dataclasses.dataclass
+class Spread:
+    """Mean and percentiles in seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """All 0 of nothing."""
+        if not values:
+            return cls(0.0, 0.0, 0.0, 0.0)
+        return cls(statistics.fmean(values), *(percentile(values, share) for share in (50, 90, 99)))
 
 
 @dataclasses.dataclass
 class ServeResult:
-    """One run at one rate. Times in seconds, rate in requests/s."""
+    """One run at one rate. Times in seconds, rates in requests/s and tokens/s.
+
+    Attributes:
+      rate: at which requests arrive; `request_s` at which they were done.
+      total_tok_s: input and output tokens.
+      goodput_s: requests/s that kept every limit that was asked for; None if none was.
+    """
 
     rate: float
     num_requests: int
     seconds: float
-    output_tok_s: float
     request_s: float
-    ttft_p50: float
-    ttft_p99: float
-    tpot_p50: float
-    tpot_p99: float
-    itl_p50: float
-    itl_p99: float
-    late_compilations: int
-    preemptions: int
+    output_tok_s: float
+    total_tok_s: float
+    ttft: Spread
+    tpot: Spread
+    itl: Spread
+    e2el: Spread
+    goodput_s: float | None
+    late_compilations: float
+    preemptions: float
+
+
+@dataclasses.dataclass
+class RateResult:
+    """One rate: every run, and the medians of their figures, each figure by itself."""
+
+    rate: float
+    median: ServeResult
+    runs: list[ServeResult]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeWork:
+    """What arrives.
+
+    Attributes:
+      rates: requests/s, one after the other.
+      num_requests: of each run, with lengths uniform on [mean/2, 3*mean/2].
+      runs: at each rate.
+      goodput: the most seconds of "ttft", "tpot" or "e2el" that a good request may take.
+
+    Raises:
+      InvalidRequestError: a rate that is not above 0, or an unknown limit.
+    """
+
+    rates: tuple[float, ...]
+    num_requests: int = 256
+    mean_in: int = 512
+    mean_out: int = 128
+    runs: int = 1
+    goodput: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(not rate > 0 for rate in self.rates):
+            raise InvalidRequestError("rate", list(self.rates), "must be above 0")
+        for name, limit in self.goodput.items():
+            if name not in GOODPUT or not limit > 0:
+                raise InvalidRequestError("goodput", f"{name}:{limit}", f"must limit {', '.join(GOODPUT)}, above 0")
 
 
 @dataclasses.dataclass
@@ -47,6 +110,15 @@ class _Times:
     arrival: float
     outputs: list[float] = dataclasses.field(default_factory=list)
     num_tokens: int = 0
+
+    def figures(self) -> dict[str, float]:
+        """What goodput limits."""
+        gaps = max(self.num_tokens - 1, 1)
+        return {
+            "ttft": self.outputs[0] - self.arrival,
+            "tpot": (self.outputs[-1] - self.outputs[0]) / gaps,
+            "e2el": self.outputs[-1] - self.arrival,
+        }
 
 
 async def _one(llm: AsyncLLM, arrival: Arrival, begin: float, salt: str) -> _Times:
@@ -62,65 +134,77 @@ async def _one(llm: AsyncLLM, arrival: Arrival, begin: float, salt: str) -> _Tim
     return times
 
 
-async def _run(llm: AsyncLLM, arrivals: Sequence[Arrival], rate: float, salt: str) -> ServeResult:
+async def _run(
+    llm: AsyncLLM, arrivals: Sequence[Arrival], rate: float, salt: str, goodput: Mapping[str, float]
+) -> ServeResult:
     before = await llm.stats()
     begin = time.perf_counter()
     times = await asyncio.gather(*(_one(llm, arrival, begin, salt) for arrival in arrivals))
     seconds = time.perf_counter() - begin
     after = await llm.stats()
-    ttft = [t.outputs[0] - t.arrival for t in times]
-    tpot = [(t.outputs[-1] - t.outputs[0]) / (t.num_tokens - 1) for t in times if t.num_tokens > 1]
-    itl = [later - earlier for t in times for earlier, later in zip(t.outputs, t.outputs[1:], strict=False)]
+    figures = [t.figures() for t in times]
+    good = sum(all(each[name] <= limit for name, limit in goodput.items()) for each in figures)
+    tokens_in, tokens_out = sum(len(prompt) for _, prompt, _ in arrivals), sum(t.num_tokens for t in times)
     return ServeResult(
         rate=rate,
         num_requests=len(arrivals),
         seconds=seconds,
-        output_tok_s=sum(t.num_tokens for t in times) / seconds,
         request_s=len(arrivals) / seconds,
-        ttft_p50=percentile(ttft, 50),
-        ttft_p99=percentile(ttft, 99),
-        tpot_p50=percentile(tpot, 50),
-        tpot_p99=percentile(tpot, 99),
-        itl_p50=percentile(itl, 50),
-        itl_p99=percentile(itl, 99),
+        output_tok_s=tokens_out / seconds,
+        total_tok_s=(tokens_in + tokens_out) / seconds,
+        ttft=Spread.of([each["ttft"] for each in figures]),
+        tpot=Spread.of([each["tpot"] for each, t in zip(figures, times, strict=True) if t.num_tokens > 1]),
+        itl=Spread.of([b - a for t in times for a, b in zip(t.outputs, t.outputs[1:], strict=False)]),
+        e2el=Spread.of([each["e2el"] for each in figures]),
+        goodput_s=good / seconds if goodput else None,
         late_compilations=after["late_compilations"] - before["late_compilations"],
         preemptions=after["preemptions"] - before["preemptions"],
     )
 
 
-def _median(results: Sequence[ServeResult]) -> ServeResult:
-    """Figure by figure."""
-    names = [field.name for field in dataclasses.fields(ServeResult)]
-    return ServeResult(**{name: statistics.median(getattr(result, name) for result in results) for name in names})
+def median_of(results: Sequence[Any]) -> Any:
+    """Figure by figure, of one kind of dataclass of numbers, None and such dataclasses."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(results[0]):
+        each = [getattr(result, field.name) for result in results]
+        if all(value == each[0] for value in each):
+            values[field.name] = each[0]  # None, or an integer that a median of two would make a float
+        elif dataclasses.is_dataclass(each[0]):
+            values[field.name] = median_of(each)
+        else:
+            values[field.name] = statistics.median(each)
+    return type(results[0])(**values)
 
 
-async def run_serve(
-    model: str,
-    options: dict[str, Any],
-    rates: Sequence[float],
-    *,
-    num_requests: int = 256,
-    mean_in: int = 512,
-    mean_out: int = 128,
-    runs: int = 1,
-    warm_up: bool = True,
-) -> list[tuple[ServeResult, list[ServeResult]]]:
-    """For each rate the medians of `runs` runs, and the runs.
+async def serve_rates(
+    llm: AsyncLLM, work: ServeWork, on_result: Callable[[list[RateResult]], None] = lambda _: None
+) -> list[RateResult]:
+    """Every rate's runs, after a few requests that are not counted.
 
-    Each run has a cache salt of its own, so that no prompt is found in the prefix cache. Raises any of jaxllm.errors.
+    Each run has a cache salt of its own, so that no prompt is found in the prefix cache. `on_result` gets all that is
+    there after every run. Raises any of jaxllm.errors.
     """
-    if any(not rate > 0 for rate in rates):
-        raise InvalidRequestError("rate", list(rates), "must be above 0")
-    results = []
+    vocab_size = llm.builder.limits.vocab_size
+    n, mean_in, mean_out = work.num_requests, work.mean_in, work.mean_out
+    first = poisson_arrivals(vocab_size, 1000.0, min(n, 8), mean_in, min(mean_out, 16))
+    await _run(llm, first, 1000.0, "first", {})
+    results: list[RateResult] = []
+    for rate in work.rates:
+        arrivals = poisson_arrivals(vocab_size, rate, n, mean_in, mean_out)
+        runs: list[ServeResult] = []
+        for run in range(max(work.runs, 1)):
+            runs.append(await _run(llm, arrivals, rate, f"{rate} {run}", work.goodput))
+            if run == 0:
+                results.append(RateResult(rate, runs[0], runs))
+            results[-1].median = median_of(runs)
+            on_result(results)
+    return results
+
+
+async def run_serve(model: str, options: dict[str, Any], work: ServeWork, *, warm_up: bool = True) -> list[RateResult]:
+    """`serve_rates` on an engine of its own. Raises any of jaxllm.errors."""
     with bench_model(model, options) as (path, options):
         async with AsyncLLM(path, **options) as llm:
-            vocab_size = llm.builder.limits.vocab_size
             if warm_up:
                 await llm.warm_up()
-            first = poisson_arrivals(vocab_size, 1000.0, min(num_requests, 8), mean_in, min(mean_out, 16))
-            await _run(llm, first, 1000.0, "first")
-            for rate in rates:
-                arrivals = poisson_arrivals(vocab_size, rate, num_requests, mean_in, mean_out)
-                each = [await _run(llm, arrivals, rate, f"{rate} {run}") for run in range(max(runs, 1))]
-                results.append((_median(each), each))
-    return results
+            return await serve_rates(llm, work)

@@ -7,50 +7,52 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxllm.bench.ceilings import measure_ceilings
+from jaxllm.bench.facts import Facts, gather
 from jaxllm.bench.floor import Ceilings, ModelCost
-from jaxllm.bench.models import bench_model
+from jaxllm.bench.models import bench_model, model_name
 from jaxllm.checkpoint import open_checkpoint
 from jaxllm.config import EngineConfig, config_from
 from jaxllm.core.expected import Expected
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.engine import platform
+from jaxllm.engine.client import InProcessClient
+from jaxllm.engine.compile import use_compilation_cache
+from jaxllm.frontend.engine import FrontEngine
 from jaxllm.llm import LLM
 
 
 @dataclasses.dataclass
 class Session:
-    """What one run of `jaxllm bench` shares.
+    """What the measurements over one engine share.
 
     Attributes:
-      device, num_devices: JAX's name of the device, and how many the engine uses.
-      ceilings: of all these devices together; None if they were not measured.
+      facts: what goes into files of results.
       start_seconds: from `LLM(...)` to ready; `warm_up_seconds` the compilation of everything after that.
     """
 
     llm: LLM
     cost: ModelCost
     vocab_size: int
-    device: str
-    num_devices: int
-    dtype: str
-    ceilings: Ceilings | None
+    facts: Facts
     start_seconds: float
     warm_up_seconds: float
 
-    def facts(self) -> dict[str, Any]:
-        """What stays the same over the run's results, for JSON."""
-        import jax
+    @property
+    def ceilings(self) -> Ceilings | None:
+        """Of all the engine's devices together."""
+        return self.facts.ceilings
 
-        ceilings = self.ceilings
-        return {
-            "device": self.device,
-            "num_devices": self.num_devices,
-            "dtype": self.dtype,
-            "jax": jax.__version__,
-            "copy_bandwidth_bytes_s": ceilings and ceilings.bandwidth,
-            "gemm_flop_s": ceilings and ceilings.flops,
-            "start_seconds": self.start_seconds,
-            "warm_up_seconds": self.warm_up_seconds,
-        }
+    @property
+    def engine(self) -> FrontEngine:
+        """What another front door can stand on, while `llm` does nothing."""
+        return self.llm._engine
+
+    @property
+    def core(self) -> Any:
+        """The engine core, which must be in this process: its plan and its executables are measured too."""
+        client = self.llm._client
+        assert isinstance(client, InProcessClient)
+        return client._core
 
 
 def greedy(num_tokens: int) -> SamplingParams:
@@ -74,9 +76,10 @@ def open_session(
     options: dict[str, Any],
     *,
     prompt_length: int = 128,
-    ceilings: bool = True,
+    ceilings: bool | Ceilings = True,
     warm_up: bool = True,
     progress: bool = False,
+    commit: str | None = None,
     check: Callable[[LLM, int], None] | None = None,
 ) -> Iterator[Session]:
     """Measures the device, starts an engine and compiles all that it needs, so that no run meets a compilation.
@@ -85,22 +88,33 @@ def open_session(
       model: anything that `LLM` takes, or "shape:NAME".
       options: of `EngineConfig`.
       prompt_length: of the first request expected.
-      ceilings: measure the copy bandwidth and the GEMM rate first.
+      ceilings: measure the copy bandwidth and the GEMM rate first; or those of one device, measured already.
       warm_up: compile everything; otherwise the first run meets compilations.
       progress: draw a bar while the weights load.
+      commit: see `jaxllm.bench.facts.gather`.
       check: called with the engine and its vocabulary's size, before everything is compiled; may refuse by raising.
 
     Raises any of `jaxllm.errors`.
     """
     import jax
 
+    platform.configure()  # before a ceiling is measured: JAX takes its share of the memory then
+    set_options = dict(options)
     with bench_model(model, options) as (path, options):
         config = config_from(path, options)
+        use_compilation_cache(config.cache_directory)  # JAX takes no other once it has compiled something
         cost, hf = model_cost(config)
         num_devices = config.data_parallel_size * getattr(config, "tensor_parallel_size", 1)
-        found = measure_ceilings(cost.itemsize) if ceilings else None
-        if found is not None:
-            found = Ceilings(found.bandwidth * num_devices, found.flops * num_devices)
+        one = measure_ceilings(cost.itemsize) if ceilings is True else ceilings or None
+        facts = gather(
+            model_name(model),
+            set_options,
+            device=jax.devices()[0].device_kind,
+            num_devices=num_devices,
+            dtype={2: "bfloat16", 4: "float32"}[cost.itemsize],
+            ceilings=one and Ceilings(one.bandwidth * num_devices, one.flops * num_devices),
+            commit=commit,
+        )
         begin = time.perf_counter()
         with LLM(path, expected=Expected(prompt_length), progress=progress, **options) as llm:
             start_seconds = time.perf_counter() - begin
@@ -109,14 +123,4 @@ def open_session(
             ready = time.perf_counter()
             if warm_up:
                 llm.warm_up()
-            yield Session(
-                llm,
-                cost,
-                hf["vocab_size"],
-                jax.devices()[0].device_kind,
-                num_devices,
-                {2: "bfloat16", 4: "float32"}[cost.itemsize],
-                found,
-                start_seconds,
-                time.perf_counter() - ready,
-            )
+            yield Session(llm, cost, hf["vocab_size"], facts, start_seconds, time.perf_counter() - ready)

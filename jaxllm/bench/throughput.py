@@ -3,17 +3,16 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from jaxllm.bench.floor import floor_of
 from jaxllm.bench.session import Session, greedy
-from jaxllm.bench.workloads import CPU_WORKLOADS, OTHER_WORKLOADS, WORKLOADS, Workload
+from jaxllm.bench.workloads import CPU_WORKLOADS, OTHER_WORKLOADS, STATIC_WORKLOADS, WORKLOADS, Workload
 from jaxllm.errors import InvalidRequestError
 
 
 @dataclasses.dataclass
 class ThroughputResult:
-    """A workload's figures, of the best run.
+    """A workload's figures, of the best run. None: was not recorded.
 
     Attributes:
       seconds: from submission to the last token; `all_seconds` of every run.
@@ -37,11 +36,22 @@ class ThroughputResult:
     flops: float
     floor_seconds: float | None
     floor_share: float | None
+    steps: int | None
+    padded_share: float | None
+    late_compilations: int | None
+    preemptions: int | None
+    prefix_hit_share: float | None
+
+
+@dataclasses.dataclass
+class Figures:
+    """By how much the engine's counters grew over a run, as in `ThroughputResult`."""
+
     steps: int
     padded_share: float
     late_compilations: int
     preemptions: int
-    prefix_hit_share: float
+    prefix_hit_tokens: int
 
 
 def workload(name: str, vocab_size: int, num_requests: int | None = None) -> Workload:
@@ -72,7 +82,7 @@ def choose_workloads(
     """
     chosen: list[str] = []
     left_out: dict[str, str] = {}
-    for name in given or (CPU_WORKLOADS if on_cpu else WORKLOADS):
+    for name in given or (CPU_WORKLOADS if on_cpu else {**WORKLOADS, **STATIC_WORKLOADS}):
         try:
             requests = workload(name, vocab_size, num_requests)
             longest = max(len(prompt) + count for prompt, count in requests)
@@ -94,42 +104,34 @@ def run_throughput(session: Session, name: str, runs: int = 2, num_requests: int
     Raises InvalidRequestError for an unknown name or a prompt that the engine has no room for.
     """
     requests = workload(name, session.vocab_size, num_requests)
-    best: tuple[float, dict[str, Any]] | None = None
-    every = []
-    for _ in range(max(runs, 1)):
-        seconds, figures = _once(session, requests)
-        every.append(seconds)
-        if best is None or seconds < best[0]:
-            best = seconds, figures
-    assert best is not None
-    seconds, figures = best
+    measured = [run_once(session, requests) for _ in range(max(runs, 1))]
+    seconds, figures = min(measured, key=lambda run: run[0])
     tokens_in = sum(len(prompt) for prompt, _ in requests)
     tokens_out = sum(count for _, count in requests)
     floor = floor_of(session.cost, requests, session.ceilings)
-    computed = figures["padded_tokens"]  # the steps' sizes, padding included
     return ThroughputResult(
         workload=name,
         num_requests=len(requests),
         input_tokens=tokens_in,
         output_tokens=tokens_out,
         seconds=seconds,
-        all_seconds=every,
+        all_seconds=[each for each, _ in measured],
         output_tok_s=tokens_out / seconds,
         total_tok_s=(tokens_in + tokens_out) / seconds,
         bandwidth=floor.work.bytes / seconds,
         flops=floor.work.flops / seconds,
         floor_seconds=floor.seconds,
         floor_share=None if floor.seconds is None else floor.seconds / seconds,
-        steps=figures["steps"],
-        padded_share=1 - figures["scheduled_tokens"] / computed if computed else 0.0,
-        late_compilations=figures["late_compilations"],
-        preemptions=figures["preemptions"],
-        prefix_hit_share=figures["prefix_hit_tokens"] / tokens_in,
+        steps=figures.steps,
+        padded_share=figures.padded_share,
+        late_compilations=figures.late_compilations,
+        preemptions=figures.preemptions,
+        prefix_hit_share=figures.prefix_hit_tokens / tokens_in,
     )
 
 
-def _once(session: Session, requests: Workload) -> tuple[float, dict[str, Any]]:
-    """Seconds of one run, and by how much the engine's counters grew."""
+def run_once(session: Session, requests: Workload) -> tuple[float, Figures]:
+    """Seconds of one run, which begins with an empty prefix cache, and the engine's figures of it."""
     llm = session.llm
     llm.reset_prefix_cache()
     prompts = [prompt for prompt, _ in requests]
@@ -143,4 +145,12 @@ def _once(session: Session, requests: Workload) -> tuple[float, dict[str, Any]]:
         made = output.outputs[0]
         if len(made.token_ids) != count:
             raise RuntimeError(f"{len(made.token_ids)} tokens instead of {count} (finish_reason={made.finish_reason})")
-    return seconds, {name: value - before[name] for name, value in after.items()}
+    grown = {name: value - before[name] for name, value in after.items()}
+    computed = grown["padded_tokens"]  # the steps' sizes, padding included
+    return seconds, Figures(
+        steps=grown["steps"],
+        padded_share=1 - grown["scheduled_tokens"] / computed if computed else 0.0,
+        late_compilations=grown["late_compilations"],
+        preemptions=grown["preemptions"],
+        prefix_hit_tokens=grown["prefix_hit_tokens"],
+    )

@@ -119,10 +119,10 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     for f in (single_stream, random_1024_128, ragged, decode_heavy, prefill_heavy, shared_prefix, long_context)
 }
 CPU_WORKLOADS: dict[str, Callable[..., Workload]] = {f.__name__: f for f in (cpu_single, cpu_prefill, cpu_ragged)}
-OTHER_WORKLOADS: dict[str, Callable[..., Workload]] = {
-    **{f.__name__: f for f in (static_batch_1, static_batch_32, static_batch_128)},
-    **CPU_WORKLOADS,
+STATIC_WORKLOADS: dict[str, Callable[..., Workload]] = {
+    f.__name__: f for f in (static_batch_1, static_batch_32, static_batch_128)
 }
+OTHER_WORKLOADS: dict[str, Callable[..., Workload]] = {**STATIC_WORKLOADS, **CPU_WORKLOADS}
 
 _LLAMA_3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -22,8 +22,10 @@ def test_throughput(tiny_flags, tmp_path):
         "throughput", "static_batch_1", "--num-requests", 3, "--no-ceilings", "--compile-late", "--json", out,
         "--plot", plot, *tiny_flags,
     )  # fmt: skip
-    assert "static_batch_1" in text and "out tok/s" in text
-    (result,) = json.loads(out.read_text())["results"]
+    assert "static_batch_1" in text and "output tok/s" in text
+    data = json.loads(out.read_text())
+    assert data["part"] == "throughput" and data["facts"]["dtype"] == "float32" and data["facts"]["ceilings"] is None
+    (result,) = data["results"]
     assert result["num_requests"] == 3 and result["input_tokens"] == 384 and result["output_tokens"] == 192
     assert len(result["all_seconds"]) == 2 and result["seconds"] == min(result["all_seconds"])
     assert result["output_tok_s"] == pytest.approx(192 / result["seconds"])
@@ -49,7 +51,8 @@ def test_a_named_workload_that_does_not_fit_is_refused_before_any_runs(tiny_flag
 
 def test_on_an_accelerator_the_workloads_are_others():
     chosen, left_out = choose_workloads([], 300, 4096, on_cpu=False)
-    assert chosen == ["single_stream", "random_1024_128", "ragged", "decode_heavy", "shared_prefix"]
+    static = ["static_batch_1", "static_batch_32", "static_batch_128"]
+    assert chosen == ["single_stream", "random_1024_128", "ragged", "decode_heavy", "shared_prefix", *static]
     assert list(left_out) == ["prefill_heavy", "long_context"]
     chosen, left_out = choose_workloads([], 300, 4096, on_cpu=True, num_requests=4)
     assert chosen == ["cpu_ragged"] and "cpu_single has one request" in left_out["cpu_single"]
@@ -77,7 +80,7 @@ def test_latency(tiny_flags, tmp_path):
     text = run("latency", *arguments, *tiny_flags)
     assert "20/8" in text
     data = json.loads(out.read_text())
-    assert data["copy_bandwidth_bytes_s"] > 1e8 and data["gemm_flop_s"] > 1e9
+    assert data["facts"]["ceilings"]["bandwidth"] > 1e8 and data["facts"]["ceilings"]["flops"] > 1e9
     (result,) = data["results"]
     assert 0 < result["tpot_p50"] <= result["tpot_p99"] and result["ttft_p50"] > 0
     assert result["floor_share"] == pytest.approx(result["tpot_floor"] / result["tpot_p50"])
@@ -87,18 +90,34 @@ def test_latency(tiny_flags, tmp_path):
 def test_serve(tiny_flags, tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     sizes = "--num-requests", 4, "--mean-in", 16, "--mean-out", 8, "--rate", 50, "--rate", 100, "--runs", 2
-    run("serve", *sizes, "--no-engine-process", "--compile-late", "--json", out, "--plot", plot, *tiny_flags)
+    limits = "--goodput", "ttft:1e6", "--goodput", "e2el:1e6"
+    flags = "--no-engine-process", "--compile-late", "--json", out, "--plot", plot
+    text = run("serve", *sizes, *limits, *flags, *tiny_flags)
+    assert "TTFT p50" in text and "E2EL" in text and "kept the limits" in text
     first, second = json.loads(out.read_text())["results"]
     assert (first["rate"], second["rate"]) == (50, 100)
     for result in (first, second):
-        assert result["num_requests"] == 4 and result["output_tok_s"] > 0
-        assert 0 < result["ttft_p50"] <= result["ttft_p99"] and result["tpot_p50"] > 0 and result["itl_p50"] > 0
+        assert len(result["runs"]) == 2
+        for figures in (result["median"], *result["runs"]):
+            assert figures["num_requests"] == 4 and figures["total_tok_s"] > figures["output_tok_s"] > 0
+            assert figures["goodput_s"] == figures["request_s"]  # nobody takes a quarter of an hour
+            for name in ("ttft", "tpot", "itl", "e2el"):
+                spread = figures[name]
+                assert 0 < spread["p50"] <= spread["p90"] <= spread["p99"] and spread["mean"] > 0
+        for name in ("ttft", "e2el"):
+            low, high = sorted(run[name]["p50"] for run in result["runs"])
+            assert result["median"][name]["p50"] == pytest.approx((low + high) / 2)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_refusals_come_before_work(tiny_flags, monkeypatch):
     with pytest.raises(InvalidRequestError, match="workload='no_such'"):
         run("throughput", "no_such", *tiny_flags)
+    with pytest.raises(InvalidRequestError, match="rate="):
+        run("serve", "--rate", 0, *tiny_flags)
+    for limit in ("itl:5", "ttft", "ttft:0", "ttft:fast"):
+        with pytest.raises(InvalidRequestError, match="goodput="):
+            run("serve", "--goodput", limit, *tiny_flags)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install matplotlib"):
+    with pytest.raises(ConfigError, match=r"pip install 'jaxllm\[bench\]'"):
         run("throughput", "static_batch_1", "--plot", "x.png", *tiny_flags)
