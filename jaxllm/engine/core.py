@@ -162,11 +162,12 @@ class EngineCore:
             scheduler.kv_cache.reset_prefix_cache()
 
     def utility_warm_up(self) -> int:
-        """Compiles all that serving may meet and waits for it; how many executables there are."""
+        """Compiles all that serving may meet, waits for it and runs it once; how many executables there are."""
         keys = warm_up_order(self.runner.plan)
         self.runner.executables.prepare(keys)
         self.runner.executables.wait()
         self.runner.executables.seal()
+        self.runner.rehearse()
         return len(keys)
 
     # Steps

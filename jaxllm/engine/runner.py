@@ -27,6 +27,7 @@ from jaxllm.engine.executables import (
     Upload,
     Wide,
     row_rungs,
+    warm_up_order,
 )
 from jaxllm.engine.layout import StepLayout
 from jaxllm.engine.resolve import EnginePlan
@@ -166,19 +167,9 @@ class Runner:
         parts = [
             self.layout.pack(batch, at, params) for batch, at, params in zip(batches, slots, self._params, strict=True)
         ]
-        packed = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        self._packed = self.executables.get(Stage())(self._packed, packed)
-        run = self.executables.get(forward)
-        buffers = dataclasses.replace(self._buffers, hidden=self._hidden_of(forward.num_tokens))
-        self._caches, self._state, buffers = run(
-            self.leaves, self._caches, self._state, buffers, self._history, self._packed
-        )
-        self._buffers, self._hidden[forward.num_tokens] = buffers, buffers.hidden
+        buffers = self._run_forward(forward, parts)
         sample = self._sample_key(max(map(len, slots)), need)
-        extra = tuple(self._sampler_tables().values()) if sample.variant.adjust else None
-        self._history, output = self.executables.get(sample)(
-            self.leaves, buffers.last_hidden, buffers.rows, self._history, extra
-        )
+        output = self._run_sample(sample, buffers)
         output.copy_to_host_async()
         self.num_steps += 1
         self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
@@ -187,6 +178,40 @@ class Runner:
         if need & _WIDE:
             wide = self._launch_wide(batches, buffers, output, sample.num_rows, forward.num_tokens)
         return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide)
+
+    def rehearse(self) -> None:
+        """Runs every step size and sampler that is compiled twice, on no rows: an executable's first runs load its
+        kernels and record its CUDA graph, which no request should wait for."""
+        nothing = np.zeros(0, np.intp)
+        parts = [self.layout.pack(None, nothing, params) for params in self._params]
+        keys = warm_up_order(self.plan)
+        steps = [key for key in keys if isinstance(key, Forward) and self.executables.ready(key)]
+        samplers = [key for key in keys if isinstance(key, Sample) and self.executables.ready(key)]
+        for _ in range(2):
+            for step in steps:
+                buffers = self._run_forward(step, parts)
+            for sampler in samplers:
+                if not sampler.variant.adjust:  # its tables are made for the first request that needs them
+                    jax.block_until_ready(self._run_sample(sampler, buffers))
+
+    def _run_forward(self, key: Forward, packed: list[np.ndarray]) -> StepBuffers:
+        """Runs a step's forward pass over each rank's packed array; what it leaves for the sampler."""
+        joined = packed[0] if len(packed) == 1 else np.concatenate(packed)
+        self._packed = self.executables.get(Stage())(self._packed, joined)
+        run = self.executables.get(key)
+        buffers = dataclasses.replace(self._buffers, hidden=self._hidden_of(key.num_tokens))
+        self._caches, self._state, buffers = run(
+            self.leaves, self._caches, self._state, buffers, self._history, self._packed
+        )
+        self._buffers, self._hidden[key.num_tokens] = buffers, buffers.hidden
+        return buffers
+
+    def _run_sample(self, key: Sample, buffers: StepBuffers) -> jax.Array:
+        """Samples what a forward pass has left; int32[rows, columns] as `_read_rank` reads it."""
+        extra = tuple(self._sampler_tables().values()) if key.variant.adjust else None
+        run = self.executables.get(key)
+        self._history, output = run(self.leaves, buffers.last_hidden, buffers.rows, self._history, extra)
+        return output
 
     def _hidden_of(self, num_tokens: int) -> jax.Array:
         """The buffer of a rung's hidden rows, made at its first use: by a transfer, which needs no compiler."""

@@ -130,3 +130,15 @@ def test_a_closed_engine_says_so(own):
     for use in (lambda: own.generate([5], GREEDY), own.stats, lambda: list(stream)):
         with pytest.raises(EngineDeadError, match="closed"):
             use()
+
+
+def test_a_rehearsal_runs_everything_and_changes_nothing(own):
+    expected = own.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
+    runner = own._client._core.runner
+    before = own.stats()
+    stream = own.stream([5, 6, 7], GREEDY)  # its pages and lengths are on the device while the rehearsal runs
+    found = list(next(stream).token_ids)
+    runner.rehearse()
+    found += [token for delta in stream for token in delta.token_ids]
+    assert found == expected
+    assert own.stats()["late_compilations"] == before["late_compilations"]
