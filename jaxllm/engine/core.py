@@ -6,6 +6,7 @@ pending = launch(schedule()); finish(previous); previous = pending
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -209,7 +210,10 @@ class EngineCore:
             culprit = self._search.step_failed(row.request for batch in batches if batch for row in batch.rows)
         except LookupError as reason:
             raise error from reason
-        logger.warning("a step has failed: all its requests are recomputed", exc_info=error)
+        text = "".join(traceback.format_exception(error))
+        logger.warning("a step has failed: everything under way is recomputed\n%s", text)
+        # The frames that it went through may hold the old caches, and there is no room for two.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         self._previous = None
         self.runner.reset()
         for scheduler in self.schedulers:
