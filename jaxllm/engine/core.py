@@ -111,11 +111,11 @@ class EngineCore:
             self._prompt_logprobs[message.id] = {}
 
     def _choose_rank(self, message: AddRequest) -> int:
-        """A follower joins its leader; others go where the fewest tokens wait."""
+        """A follower joins its leader; others go where the prompts are shortest, all told."""
         if message.leader in self._rank_of:
             return self._rank_of[message.leader]
-        loads = [sum(len(r.tokens) for r in scheduler.requests.values()) for scheduler in self.schedulers]
-        return loads.index(min(loads)) if len(loads) > 1 else 0
+        loads = [scheduler.num_prompt_tokens for scheduler in self.schedulers]
+        return loads.index(min(loads))
 
     def _finish(self, request_id: str, status: Status) -> None:
         rank = self._rank_of.get(request_id)
