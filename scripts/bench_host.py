@@ -25,10 +25,11 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import numpy as np
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.engine.executables import Forward, Sample, UpdatePages
+from jaxllm.engine.executables import Forward, Sample, Stage, UpdatePages
 from jaxllm.engine.messages import decode, encode
 from jaxllm.engine.step import OUTPUT_COLUMNS
 
@@ -115,7 +116,9 @@ class InstantExecutables:
 
     def get(self, key: Any) -> Any:
         if isinstance(key, Forward):
-            return lambda leaves, caches, state, history, packed: (caches, state, None, None, None)
+            return lambda leaves, caches, state, buffers, history, packed: (caches, state, buffers)
+        if isinstance(key, Stage):
+            return lambda old, packed: jax.device_put(packed)
         if isinstance(key, Sample):
             if key.num_rows not in self._outputs:
                 output = np.zeros((key.num_rows, OUTPUT_COLUMNS), np.int32)
