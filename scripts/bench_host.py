@@ -8,7 +8,8 @@ of the packed array included; only the executables are replaced by functions tha
 takes to call an executable is left out. One process; encoding and decoding of messages are measured beside.
 
 Prints microseconds a step of decodes: medians by part, the median, the 99th percentile and the largest of the whole;
-then in milliseconds the longest step that admitted prompts, and of it what `schedule` took.
+then in milliseconds the longest step that admitted prompts, and of it what `schedule` took. With --device-ms, steps
+take that long on a device that only pretends; its busy share shows whether the host keeps out of its way.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.engine.executables import Forward, Sample, UpdatePages
+from jaxllm.engine.executables import Forward, Sample, Stage, UpdatePages
 from jaxllm.engine.messages import decode, encode
 from jaxllm.engine.step import OUTPUT_COLUMNS
 
@@ -51,13 +52,58 @@ CONFIG = {
 PARTS = ("schedule", "pack", "launch", "read", "finish", "core", "front end", "encode", "decode")  # exclusive times
 
 
+class Device:
+    """Runs one step after the other, each for `step_seconds`; launching one takes `launch_seconds` of the host."""
+
+    def __init__(self, step_seconds: float, launch_seconds: float):
+        self.step_seconds, self.launch_seconds = step_seconds, launch_seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what ran."""
+        self.begin = self.end = self.busy = 0.0
+
+    def launch(self) -> float:
+        """Starts a step; when it will have ended."""
+        now = time.perf_counter()
+        while time.perf_counter() < now + self.launch_seconds:
+            pass
+        start = max(time.perf_counter(), self.end)
+        self.begin = self.begin or start
+        self.end = start + self.step_seconds
+        self.busy += self.step_seconds
+        return self.end
+
+    @property
+    def busy_share(self) -> float:
+        """From the first launch to the end of the last step."""
+        return self.busy / max(self.end - self.begin, 1e-9)
+
+
+class Output:
+    """A step's output, there when the device has ended it."""
+
+    def __init__(self, values: np.ndarray, ready: float):
+        self._values, self._ready = values, ready
+
+    def copy_to_host_async(self) -> None:
+        pass
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        wait = self._ready - time.perf_counter()
+        if wait > 0:
+            time.sleep(wait)
+        return self._values
+
+
 class InstantExecutables:
     """Stands in for `Executables`: everything is ready, and what is run returns at once."""
 
     num_late = 0
 
-    def __init__(self) -> None:
-        self._outputs: dict[int, jax.Array] = {}
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._outputs: dict[int, np.ndarray] = {}
 
     def first_ready(self, keys: list[Any]) -> Any:
         return keys[0]
@@ -70,13 +116,16 @@ class InstantExecutables:
 
     def get(self, key: Any) -> Any:
         if isinstance(key, Forward):
-            return lambda leaves, caches, state, history, packed: (caches, state, None, None, None)
+            return lambda leaves, caches, state, buffers, history, packed: (caches, state, buffers)
+        if isinstance(key, Stage):
+            return lambda old, packed: jax.device_put(packed)
         if isinstance(key, Sample):
             if key.num_rows not in self._outputs:
                 output = np.zeros((key.num_rows, OUTPUT_COLUMNS), np.int32)
                 output[:, 0], output[:, 1], output[:, 4] = 7, 1, 1  # a token, accepted, finite
-                self._outputs[key.num_rows] = jax.device_put(output)
-            return lambda leaves, hidden, rows, history, extra: (history, self._outputs[key.num_rows])
+                self._outputs[key.num_rows] = output
+            values = self._outputs[key.num_rows]
+            return lambda leaves, hidden, rows, history, extra: (history, Output(values, self._device.launch()))
         if isinstance(key, UpdatePages):
             return lambda tables, updates: tables
         raise NotImplementedError(f"{key} is not part of this measurement")
@@ -130,11 +179,11 @@ def exclusive(step: dict[str, float]) -> dict[str, float]:
     }
 
 
-def instrument(llm: LLM, clock: Clock) -> None:
+def instrument(llm: LLM, clock: Clock, device: Device) -> None:
     """Replaces the engine's executables and counts its parts."""
     core = llm._client._core  # type: ignore[attr-defined]
     core.runner.executables.wait()  # else its threads take part of the time
-    core.runner.executables = InstantExecutables()
+    core.runner.executables = InstantExecutables(device)
     clock.count(core.schedulers[0], "schedule", "admitted")
     clock.time(core.schedulers[0], "schedule", "schedule")
     clock.time(core.schedulers[0], "finish", "finish")
@@ -168,7 +217,7 @@ def greedy(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
 
 
-def measure(llm: LLM, clock: Clock, rows: int, steps: int, prompt_length: int, cached: bool) -> str:
+def measure(llm: LLM, clock: Clock, device: Device, rows: int, steps: int, prompt_length: int, cached: bool) -> str:
     """Runs `rows` requests of `steps` tokens through the front door; a line of figures."""
     prompts = np.random.default_rng(rows).integers(3, CONFIG["vocab_size"], (rows, prompt_length)).tolist()
     llm.reset_prefix_cache()
@@ -176,6 +225,7 @@ def measure(llm: LLM, clock: Clock, rows: int, steps: int, prompt_length: int, c
         llm.generate(prompts, greedy(1))
     clock.now.clear()
     clock.steps.clear()
+    device.restart()
     llm.generate(prompts, greedy(steps))
     last = max(i for i, step in enumerate(clock.steps) if step["admitted"])
     decodes = clock.steps[last + 3 : -3]
@@ -185,7 +235,8 @@ def measure(llm: LLM, clock: Clock, rows: int, steps: int, prompt_length: int, c
     cells += [whole[len(whole) // 2], whole[int(len(whole) * 0.99)], whole[-1]]
     admission = max((step for step in clock.steps if step["admitted"]), key=lambda step: step["turn"])
     text = "".join(f"{cell:10.0f}" for cell in cells)
-    return f"{rows:5d}{text}{1e3 * admission['turn']:10.2f}{1e3 * admission['schedule']:10.2f}"
+    admit = f"{1e3 * admission['turn']:10.2f}{1e3 * admission['schedule']:10.2f}"
+    return f"{rows:5d}{text}{admit}" + (f"{device.busy_share:10.1%}" if device.step_seconds else "")
 
 
 def main() -> None:
@@ -194,6 +245,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="tokens of each request")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--cached", action="store_true", help="all prompts are in the prefix cache")
+    parser.add_argument("--device-ms", type=float, default=0, help="what a step takes on the pretended device")
+    parser.add_argument("--launch-ms", type=float, default=0, help="what launching one takes of the host beside")
     options = parser.parse_args()
     rungs = (1, 8, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
     sizes: dict[str, Any] = dict(max_num_seqs=256, max_num_batched_tokens=8192, token_rungs=rungs, page_size=64)
@@ -202,11 +255,12 @@ def main() -> None:
         llm = LLM(directory, load_format="dummy", warm_up=False, **sizes)
     clock = Clock()
     with llm:
-        instrument(llm, clock)
-        titles = (*PARTS, "p50", "p99", "max", "admit ms", "schedule")
+        device = Device(options.device_ms / 1e3, options.launch_ms / 1e3)
+        instrument(llm, clock, device)
+        titles = (*PARTS, "p50", "p99", "max", "admit ms", "schedule", *(["busy"] if device.step_seconds else []))
         print(f"{'rows':>5}" + "".join(f"{title:>10}" for title in titles))
         for rows in options.rows:
-            print(measure(llm, clock, rows, options.steps, options.prompt, options.cached), flush=True)
+            print(measure(llm, clock, device, rows, options.steps, options.prompt, options.cached), flush=True)
 
 
 if __name__ == "__main__":

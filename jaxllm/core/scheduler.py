@@ -80,6 +80,7 @@ class Scheduler:
         self.kv_cache = kv_cache
         self.requests: dict[str, Request] = {}  # all that have not ended
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of all that have not ended
         self._running: list[Request] = []  # by rank
         self._waiting = WaitingQueue()  # all that wait but followers and those with a token still under way
         self._followers: dict[str, list[Request]] = {}  # waiting for their leader, by its id
@@ -101,6 +102,7 @@ class Scheduler:
         request.status = Status.WAITING
         leader = self._leader(request)
         self.requests[request.id] = request
+        self.num_prompt_tokens += request.num_prompt_tokens
         self._num_waiting_tokens += request.num_prompt_tokens
         if leader is not None and not self._prompt_is_computed(leader):
             self._followers.setdefault(leader.id, []).append(request)
@@ -325,6 +327,7 @@ class Scheduler:
         request.status = status
         request.pages = None
         del self.requests[request.id]
+        self.num_prompt_tokens -= request.num_prompt_tokens
         self._wake_followers(request)
 
     def _leader(self, request: Request) -> Request | None:
@@ -442,6 +445,7 @@ class Scheduler:
         slots = [r.slot for r in running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         assert self._num_waiting_tokens == sum(r.num_prompt_tokens for r in waiting), "waiting tokens miscounted"
+        assert self.num_prompt_tokens == sum(r.num_prompt_tokens for r in self.requests.values()), "tokens miscounted"
         queued = list(self._waiting)
         queued += [r for rs in self._followers.values() for r in rs if r.status is Status.WAITING]
         queued += [r for r in waiting if r.num_pending]

@@ -6,6 +6,7 @@ pending = launch(schedule()); finish(previous); previous = pending
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,11 +111,11 @@ class EngineCore:
             self._prompt_logprobs[message.id] = {}
 
     def _choose_rank(self, message: AddRequest) -> int:
-        """A follower joins its leader; others go where the fewest tokens wait."""
+        """A follower joins its leader; others go where the prompts are shortest, all told."""
         if message.leader in self._rank_of:
             return self._rank_of[message.leader]
-        loads = [sum(len(r.tokens) for r in scheduler.requests.values()) for scheduler in self.schedulers]
-        return loads.index(min(loads)) if len(loads) > 1 else 0
+        loads = [scheduler.num_prompt_tokens for scheduler in self.schedulers]
+        return loads.index(min(loads))
 
     def _finish(self, request_id: str, status: Status) -> None:
         rank = self._rank_of.get(request_id)
@@ -210,7 +211,10 @@ class EngineCore:
             culprit = self._search.step_failed(row.request for batch in batches if batch for row in batch.rows)
         except LookupError as reason:
             raise error from reason
-        logger.warning("a step has failed: all its requests are recomputed", exc_info=error)
+        text = "".join(traceback.format_exception(error))
+        logger.warning("a step has failed: everything under way is recomputed\n%s", text)
+        # The frames that it went through may hold the old caches, and there is no room for two.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         self._previous = None
         self.runner.reset()
         for scheduler in self.schedulers:

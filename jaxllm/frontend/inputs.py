@@ -121,6 +121,8 @@ class RequestBuilder:
         listed = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes, bytearray)):
             raise InvalidRequestError(field, ids, "must be text or a sequence of token ids")
+        if listed and set(map(type, listed)) == {int} and min(listed) >= 0 and max(listed) < self.limits.vocab_size:
+            return list(listed)  # the usual case, made fast
         for token in listed:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.limits.vocab_size:
                 limit = f"token ids must be integers in [0, {self.limits.vocab_size})"

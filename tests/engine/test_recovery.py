@@ -1,5 +1,6 @@
 """A step that raises ends the request that makes it raise; the others get what they would have got without it."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -140,6 +141,32 @@ def test_a_fault_that_passes_costs_nobody_anything(own, monkeypatch):
     failed = break_steps(own, monkeypatch, "read", once)
     outputs = own.generate([[5, 6], [7], [8, 9, 10]], GREEDY)
     assert [output.outputs[0].token_ids for output in outputs] == expected and len(failed) == 1
+
+
+def test_the_old_caches_are_gone_before_the_new_ones_come(own, monkeypatch):
+    """There is no room for both; the error must not keep them."""
+    runner, left = own._client._core.runner, []
+    reset, get = runner.reset, runner.executables.get
+
+    def failing(leaves, caches, *rest):
+        everything = list(caches)
+        raise RuntimeError(f"the device says no to {len(everything)} caches")
+
+    def broken(key):
+        monkeypatch.setattr(runner.executables, "get", get)
+        return failing
+
+    def watched(self):
+        before = [weakref.ref(array) for array in self._caches]
+        self._caches = []
+        left.append(sum(ref() is not None for ref in before))
+        reset()
+
+    own.generate([5, 6, 7], GREEDY)
+    monkeypatch.setattr(type(runner), "reset", watched)
+    monkeypatch.setattr(runner.executables, "get", broken)
+    outputs = own.generate([[5, 6, 7], [8]], GREEDY)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [10, 10] and left == [0]
 
 
 def test_a_device_that_is_gone_ends_the_engine(own, monkeypatch):
