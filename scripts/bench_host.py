@@ -183,7 +183,7 @@ def instrument(llm: LLM, clock: Clock, device: Device) -> None:
     """Replaces the engine's executables and counts its parts."""
     core = llm._client._core  # type: ignore[attr-defined]
     core.runner.executables.wait()  # else its threads take part of the time
-    core.runner.executables = InstantExecutables(device)
+    core.runner.device.executables = InstantExecutables(device)
     clock.count(core.schedulers[0], "schedule", "admitted")
     clock.time(core.schedulers[0], "schedule", "schedule")
     clock.time(core.schedulers[0], "finish", "finish")

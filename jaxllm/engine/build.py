@@ -15,6 +15,7 @@ from jaxllm.core.expected import Expected
 from jaxllm.engine import platform
 from jaxllm.engine.compile import Executables, use_compilation_cache
 from jaxllm.engine.core import EngineCore
+from jaxllm.engine.device import Device
 from jaxllm.engine.executable_store import ExecutableStore, fingerprint
 from jaxllm.engine.executables import Forward, Lowering, Sample, Stage, row_rungs, smallest_decode
 from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
@@ -96,5 +97,5 @@ def build_core(
     executables.prepare(first_keys(plan, expected))
     _load(config, model, checkpoint, replicated(mesh), progress)
     leaves = jax.tree.leaves(model)
-    runner = Runner(plan, shape, mesh, leaves, executables, lowering)
+    runner = Runner(plan, shape, Device(mesh, leaves, executables, lowering), lowering.ranks)
     return EngineCore(runner, enable_prefix_caching=config.enable_prefix_caching, warm_up=config.warm_up)

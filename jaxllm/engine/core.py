@@ -27,7 +27,8 @@ from jaxllm.engine.messages import (
     UtilityResult,
 )
 from jaxllm.engine.recovery import CulpritSearch
-from jaxllm.engine.runner import Launched, RowDetail, Runner, StepResult, TokenLogprobs
+from jaxllm.engine.results import RowDetail, StepResult, TokenLogprobs
+from jaxllm.engine.runner import Launched, Runner
 from jaxllm.errors import InvalidRequestError, QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ class EngineCore:
         # The frames that it went through may hold the old caches, and there is no room for two.
         error.__traceback__ = error.__context__ = error.__cause__ = None
         self._previous = None
-        self.runner.reset()
+        self.runner.device.reset()
         for scheduler in self.schedulers:
             scheduler.recompute_all()
         if culprit is not None:

@@ -151,11 +151,11 @@ class Lowering:
         hidden: Any = self.hidden(num_tokens)
         return StepBuffers(rows, last_hidden, hidden)
 
-    def _sharded(self, function, in_specs, out_specs, donate: tuple[int, ...]):
-        """Runs `function` on each rank's own part. Arguments that are donated and not read are kept: their memory is
-        what they are for."""
+    def _sharded(self, function, in_specs, out_specs, donate: tuple[int, ...], keep_unused: bool = False):
+        """Runs `function` on each rank's own part. `keep_unused`: arguments that are not read are there for their
+        memory, which is donated."""
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate, keep_unused=True)
+        return jax.jit(mapped, donate_argnums=donate, keep_unused=keep_unused)
 
     def _forward(self, key: Forward):
         run = self._sharded(
@@ -163,6 +163,7 @@ class Lowering:
             (P(), P(DATA), P(DATA), P(DATA), P(DATA), P(DATA)),
             (P(DATA), P(DATA), P(DATA)),
             donate=(1, 2, 3),
+            keep_unused=True,
         )
         buffers, history = self.buffers(key.num_tokens), self.tables()["history"]
         return run.lower(self.leaves, self.caches(), self.state(), buffers, history, self.packed())

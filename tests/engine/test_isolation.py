@@ -27,11 +27,13 @@ def runner_of(llm: LLM):
 def poison_token(llm: LLM, token: int) -> None:
     """Whoever holds this token gets NaN for hidden rows from there on."""
     runner = runner_of(llm)
-    leaves = [np.asarray(leaf) for leaf in runner.leaves]
+    leaves = [np.asarray(leaf) for leaf in runner.device.leaves]
     at = next(i for i, leaf in enumerate(leaves) if leaf.shape == (tiny.VOCAB, tiny.HIDDEN))
     leaves[at] = leaves[at].copy()
     leaves[at][token] = np.nan
-    runner.replace_weights([jax.device_put(new, old.sharding) for new, old in zip(leaves, runner.leaves, strict=True)])
+    runner.device.replace_weights(
+        [jax.device_put(new, old.sharding) for new, old in zip(leaves, runner.device.leaves, strict=True)]
+    )
 
 
 def test_nan_logits_end_their_request_alone(own, truth):
@@ -88,16 +90,16 @@ def test_foreign_pages_and_the_dummy_page_may_hold_anything(own, value):
     layers = runner.plan.layers
 
     def poison() -> None:
-        jax.block_until_ready(runner._caches)
+        jax.block_until_ready(runner.device.caches)
         poisoned = []
-        for layer, array in zip(layers, runner._caches, strict=True):
+        for layer, array in zip(layers, runner.device.caches, strict=True):
             pool = cache.pools[layer.group]
             foreign = np.asarray([count == 0 for count in pool.refs])
             assert foreign[0] and array.shape[0] == len(foreign) and foreign.sum() > len(foreign) // 2
             host = np.array(array)
             host[foreign] = value
             poisoned.append(jax.device_put(host, array.sharding))
-        runner._caches = poisoned
+        runner.device.caches = poisoned
 
     own.reset_prefix_cache()
     poison()
@@ -118,5 +120,5 @@ def test_poison_is_seen_where_it_should_be(own):
     stream = own.stream([5, 6, 7], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     next(stream)
     runner = runner_of(own)
-    runner._caches = [jnp.full_like(array, jnp.nan) for array in runner._caches]
+    runner.device.caches = [jnp.full_like(array, jnp.nan) for array in runner.device.caches]
     assert list(stream)[-1].finish_reason == "error"

@@ -131,16 +131,16 @@ def test_wide_logprobs_are_the_exception_and_say_so(checkpoint, asked, caplog):
 
 def test_new_weights_compile_nothing(warm: LLM, compilations):
     runner = warm._client._core.runner  # type: ignore[attr-defined]
-    old = runner.leaves
+    old = runner.device.leaves
     new = [jax.device_put(np.asarray(leaf)[..., ::-1].copy(), leaf.sharding) for leaf in old]
     params = SamplingParams(temperature=0, max_tokens=8)
     before = warm.generate([5, 6, 7], params)[0].outputs[0].token_ids
     warm.reset_prefix_cache()
     with compilations:
-        runner.replace_weights(new)
+        runner.device.replace_weights(new)
         assert warm.generate([5, 6, 7], params)[0].outputs[0].token_ids != before
-        runner.replace_weights(old)
+        runner.device.replace_weights(old)
         assert warm.generate([5, 6, 7], params)[0].outputs[0].token_ids == before
     assert compilations.seen == []
     with pytest.raises(ValueError, match="cannot become"):
-        runner.replace_weights([leaf[..., :1] for leaf in old])
+        runner.device.replace_weights([leaf[..., :1] for leaf in old])

@@ -35,7 +35,7 @@ def break_steps(llm: LLM, monkeypatch, where: str, faulty: Callable[[Batch], boo
         batches = first if where == "launch" else first.batches
         if any(batch is not None and faulty(batch) for batch in batches):
             failed.append(sum(len(batch.rows) for batch in batches if batch))
-            for array in runner._caches:
+            for array in runner.device.caches:
                 array.delete()
             raise RuntimeError("the device says no")
         return original(first, *rest)
@@ -146,7 +146,7 @@ def test_a_fault_that_passes_costs_nobody_anything(own, monkeypatch):
 def test_the_old_caches_are_gone_before_the_new_ones_come(own, monkeypatch):
     """There is no room for both; the error must not keep them."""
     runner, left = own._client._core.runner, []
-    reset, get = runner.reset, runner.executables.get
+    reset, get = runner.device.reset, runner.executables.get
 
     def failing(leaves, caches, *rest):
         everything = list(caches)
@@ -157,13 +157,13 @@ def test_the_old_caches_are_gone_before_the_new_ones_come(own, monkeypatch):
         return failing
 
     def watched(self):
-        before = [weakref.ref(array) for array in self._caches]
-        self._caches = []
+        before = [weakref.ref(array) for array in self.caches]
+        self.caches = []
         left.append(sum(ref() is not None for ref in before))
         reset()
 
     own.generate([5, 6, 7], GREEDY)
-    monkeypatch.setattr(type(runner), "reset", watched)
+    monkeypatch.setattr(type(runner.device), "reset", watched)
     monkeypatch.setattr(runner.executables, "get", broken)
     outputs = own.generate([[5, 6, 7], [8]], GREEDY)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [10, 10] and left == [0]
@@ -171,7 +171,7 @@ def test_the_old_caches_are_gone_before_the_new_ones_come(own, monkeypatch):
 
 def test_a_device_that_is_gone_ends_the_engine(own, monkeypatch):
     break_steps(own, monkeypatch, "read", lambda batch: True)
-    monkeypatch.setattr(own._client._core.runner, "reset", lambda: 1 / 0)
+    monkeypatch.setattr(own._client._core.runner.device, "reset", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         own.generate([5, 6, 7], GREEDY)
 

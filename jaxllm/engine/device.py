@@ -1,0 +1,142 @@
+"""What lives on the device: weights, caches, the slots' state, the sampler's tables; and the executables run on them.
+
+Every method dispatches and returns before the device has finished.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.engine.compile import Executables
+from jaxllm.engine.executables import (
+    SAMPLER_TABLES,
+    Forward,
+    Lowering,
+    MakeTables,
+    Sample,
+    Stage,
+    UpdatePages,
+    Upload,
+    Wide,
+)
+from jaxllm.engine.step import SlotState, StepBuffers
+from sharding import replicated, sharded_by_rank
+
+WideLogprobs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+class Device:
+    """The arrays of one engine on its mesh.
+
+    Args:
+      mesh: (data, tensor).
+      leaves: the model's parameters on the mesh.
+      executables: compiled from `lowering`.
+    """
+
+    def __init__(self, mesh: Mesh, leaves: list[jax.Array], executables: Executables, lowering: Lowering):
+        self.leaves, self.executables, self._lowering = leaves, executables, lowering
+        self._by_rank, self._everywhere = sharded_by_rank(mesh), replicated(mesh)
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes the caches and the slots' state, all zeros; what was there and steps under way are lost."""
+        self.caches: list[jax.Array] = []  # the old ones go first
+        self.caches = [_zeros(spec) for spec in self._lowering.caches()]
+        self._state: SlotState = jax.tree.map(_zeros, self._lowering.state())
+        self._history = _zeros(self._lowering.tables()["history"])
+        self._packed = _zeros(self._lowering.packed())
+        self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers(1))
+        self._hidden: dict[int, jax.Array] = {}  # by the step's rung
+        self._tables: dict[str, jax.Array] | None = None
+
+    def forward(self, key: Forward, packed: list[np.ndarray]) -> StepBuffers:
+        """Runs a step's forward pass over each rank's packed array; what it leaves for the sampler."""
+        joined = packed[0] if len(packed) == 1 else np.concatenate(packed)
+        self._packed = self.executables.get(Stage())(self._packed, joined)
+        run = self.executables.get(key)
+        buffers = dataclasses.replace(self._buffers, hidden=self._hidden_of(key.num_tokens))
+        self.caches, self._state, buffers = run(
+            self.leaves, self.caches, self._state, buffers, self._history, self._packed
+        )
+        self._buffers, self._hidden[key.num_tokens] = buffers, buffers.hidden
+        return buffers
+
+    def _hidden_of(self, num_tokens: int) -> jax.Array:
+        """The buffer of a rung's hidden rows, made at its first use: by a transfer, which needs no compiler."""
+        if num_tokens not in self._hidden:
+            spec = self._lowering.hidden(num_tokens)
+            self._hidden[num_tokens] = jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)
+        return self._hidden[num_tokens]
+
+    def sample(self, key: Sample, buffers: StepBuffers) -> jax.Array:
+        """Samples what a forward pass has left; int32[rows, columns] as `read_rank` reads it."""
+        extra = tuple(self._sampler_tables().values()) if key.variant.adjust else None
+        run = self.executables.get(key)
+        self._history, output = run(self.leaves, buffers.last_hidden, buffers.rows, self._history, extra)
+        return output
+
+    def wide(self, k: int, hidden: jax.Array, index: np.ndarray, targets: np.ndarray) -> WideLogprobs:
+        """Logprobs of `targets` and of the k most likely tokens at WIDE_ROWS rows `index` of `hidden`."""
+        run = self.executables.get(Wide(hidden.shape[0] // self._lowering.ranks, k))
+        index_array, target_array = jax.device_put((index, targets), self._everywhere)
+        return run(self.leaves, hidden, index_array, target_array)
+
+    def update_pages(self, block: np.ndarray) -> None:
+        """block: int32[ranks, G, MANY_UPDATES, 3], page updates beyond those that travel with a step."""
+        updates = jax.device_put(block.reshape(-1, *block.shape[2:]), self._by_rank)
+        page_tables = self.executables.get(UpdatePages())(self._state.page_tables, updates)
+        self._state = dataclasses.replace(self._state, page_tables=page_tables)
+
+    def upload(self, table: str, slot: int, row: np.ndarray) -> None:
+        """Writes one slot's row of a table: "history" or one of SAMPLER_TABLES; slots count over all ranks."""
+        slot_array, row_array = jax.device_put((np.int32(slot), row), self._everywhere)
+        run = self.executables.get(Upload(table))
+        if table == "history":
+            self._history = run(self._history, slot_array, row_array)
+        else:
+            tables = self._sampler_tables()
+            tables[table] = run(tables[table], slot_array, row_array)
+
+    def _sampler_tables(self) -> dict[str, jax.Array]:
+        """Made when the first request asks: most never do."""
+        if self._tables is None:
+            self._tables = dict(zip(SAMPLER_TABLES, self.executables.get(MakeTables())(), strict=True))
+        return self._tables
+
+    def rehearse(self, keys: Iterable[Any], idle: list[np.ndarray]) -> None:
+        """Runs those of `keys` that are compiled twice, on no rows: an executable's first runs load its kernels and
+        record its CUDA graph, which no request should wait for.
+
+        idle: each rank's packed array without a row.
+        """
+        ready = [key for key in keys if self.executables.ready(key)]
+        for _ in range(2):
+            for key in ready:
+                if isinstance(key, Forward):
+                    buffers = self.forward(key, idle)
+            for key in ready:  # tables are made for the first request that needs them
+                if isinstance(key, Sample) and not key.variant.adjust:
+                    jax.block_until_ready(self.sample(key, buffers))
+
+    def replace_weights(self, leaves: list[jax.Array]) -> None:
+        """New parameters of the same shapes and dtypes, without recompiling. Raises ValueError if they differ."""
+        for old, new in zip(self.leaves, leaves, strict=True):
+            if old.shape != new.shape or old.dtype != new.dtype:
+                raise ValueError(f"a parameter of {old.shape} {old.dtype} cannot become {new.shape} {new.dtype}")
+        self.leaves = leaves
+
+
+def _zeros(spec: Any) -> jax.Array:
+    return _make_zeros(spec.shape, spec.dtype, spec.sharding)()
+
+
+@functools.cache
+def _make_zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[[], jax.Array]:
+    """Compiled once for all layers alike."""
+    return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
