@@ -43,19 +43,35 @@ def find_pages(cache_ref, table_ref, row, first_key, tile: int) -> list[jax.Arra
     return found
 
 
-def copy_tile(cache_ref, pages, first_key, head, part: int, slot_ref, barrier, end=None):
-    """Starts the copies of a tile's keys (part 0) or values (part 1), but for those of keys from `end` on."""
+def copy_tile(cache_ref, pages, first_key, head, part: int, slot_ref, barrier, end=None, grain: int = 0):
+    """Starts the copies of a tile's keys (part 0) or values (part 1).
+
+    Each arrives on the barrier once, which takes 128 threads' arrivals: hence one copy a page, not many small ones.
+    With `end`, keys from there on, rounded up to a multiple of `grain`, are left out.
+    """
     step = cache_ref.shape[4]
     for i, page in enumerate(pages):
         key = first_key + i * step
-        inside = lax.rem(lax.div(key, step), cache_ref.shape[3])
-        source, target = cache_ref.at[page, part, head, inside], slot_ref.at[pl.ds(i * step, step)]
-        copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, barrier)
-        if end is None or i == 0:
-            copy()
-        else:
-            skip = functools.partial(plgpu.barrier_arrive, barrier)
-            lax.cond(key < end, copy, skip)
+        source = cache_ref.at[page, part, head, lax.rem(lax.div(key, step), cache_ref.shape[3])]
+
+        def copy(size):
+            target = slot_ref.at[pl.ds(i * step, size)]
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(0, size)] if size < step else source, target, barrier)
+
+        if end is None:
+            copy(step)
+            continue
+        sizes = list(range(min(grain, step), step + 1, min(grain, step)))
+        if i:  # a tile's first page always holds a key, the others may not
+            pl.when(key >= end)(functools.partial(plgpu.barrier_arrive, barrier))
+        for size in sizes:
+            wanted = []
+            if size < step:
+                wanted.append(end - key <= size)
+            if size > sizes[0] or i:
+                wanted.append(end - key > size - sizes[0])
+            run = functools.partial(copy, size)
+            pl.when(functools.reduce(jnp.logical_and, wanted))(run) if wanted else run()
 
 
 def clear_rows(tile_ref, low, high, at=None, new_ref=None):

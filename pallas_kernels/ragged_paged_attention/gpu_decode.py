@@ -1,6 +1,6 @@
 """Decode attention on Hopper: one query token a row, split over the keys so that every multiprocessor reads as much.
 
-Each consumer warpgroup owns a stream, an equal run of (pair, tile) of the plan (`gpu_plan.decode_plan`); one producer
+Each consumer warpgroup owns a stream, an equal run of (pair, tile) of the plan (`gpu_plan.decode_plan`); a producer
 warpgroup keeps the streams' rings of key and value tiles full by TMA. The query heads of one key-value head are the
 first rows of a wgmma tile of 64. Where a run of rows shares its first keys, the queries of all those rows fill the tile
 (cascade attention, Ye et al. 2024) and meet the keys once. Pairs that several streams share, and rows of runs, leave
@@ -42,8 +42,9 @@ class DecodeConfig:
     Attributes:
       tile: keys a tile, a multiple of 64.
       slots: tiles (of keys or of values) that each stream's ring holds, at least 2.
-      consumers: warpgroups a multiprocessor that compute, each on a stream of its own.
-      copy: keys a copy; a row is read up to a multiple of it.
+      consumers: warpgroups a multiprocessor that compute, 1 or 2, each on a stream of its own.
+      producers: warpgroups a multiprocessor that copy, 1 or as many as compute.
+      grain: a row's keys are read up to a multiple of it, at least 16.
       share_from: padded rows from which on rows that begin alike read their common keys together.
       blocks: blocks in the grid: one a multiprocessor.
     """
@@ -51,7 +52,8 @@ class DecodeConfig:
     tile: int = 64
     slots: int = 4
     consumers: int = 2
-    copy: int = 16
+    producers: int = 1
+    grain: int = 16
     share_from: int = 8
     blocks: int = 132
 
@@ -118,12 +120,12 @@ def weighted_sum(weights: jax.Array, values_ref, interpret) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.ACC((weights.shape[0], values_ref.shape[1]), jnp.float32))
 
 
-def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
-    """Fills the rings of all of the block's streams, a tile of each in turn."""
+def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig, streams: list):
+    """Fills the rings of some of the block's streams, given by their number in it, a tile of each in turn."""
     items, tile, slots = ins.plan.items, config.tile, config.slots
     num_kv_heads = ins.cache.shape[2]
-    streams = [i * config.blocks + lax.axis_index("block") for i in range(config.consumers)]
-    counts = [ins.plan.streams[stream, 2] for stream in streams]
+    plans = [i * config.blocks + lax.axis_index("block") for i in streams]
+    counts = [ins.plan.streams[stream, 2] for stream in plans]
 
     def aim(pair, offset):
         """All that it takes to copy a tile; found a tile ahead, so that nothing waits for these loads."""
@@ -134,14 +136,14 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
 
     def step(index, cursors):
         following = []
-        for i in range(config.consumers):
-            pair, offset, tiles, next_item, key, end, *pages = cursors[i]
+        for i, count, cursor in zip(streams, counts, cursors):
+            pair, offset, tiles, next_item, key, end, *pages = cursor
             head = lax.rem(pair, num_kv_heads)
             ended = offset + 1 >= tiles
             next_pair = jnp.where(head + 1 == num_kv_heads, next_item * num_kv_heads, pair + 1)
             following.append(aim(jnp.where(ended, next_pair, pair), jnp.where(ended, 0, offset + 1)))
 
-            @pl.when(index < counts[i])
+            @pl.when(index < count)
             def _fill():
                 for part in range(2):
                     slot = i * slots + lax.rem(2 * index + part, slots)
@@ -150,13 +152,14 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
                     def _wait():
                         plgpu.barrier_wait(scratch.emptied.at[slot])
 
-                    copy_tile(ins.cache, pages, key, head, part, scratch.ring.at[slot], scratch.filled.at[slot], end)
+                    target, filled = scratch.ring.at[slot], scratch.filled.at[slot]
+                    copy_tile(ins.cache, pages, key, head, part, target, filled, end, config.grain)
 
         return tuple(following)
 
-    start = tuple(aim(ins.plan.streams[stream, 0], ins.plan.streams[stream, 1]) for stream in streams)
+    start = tuple(aim(ins.plan.streams[stream, 0], ins.plan.streams[stream, 1]) for stream in plans)
     lax.fori_loop(0, functools.reduce(jnp.maximum, counts), step, start)
-    for i, count in enumerate(counts):
+    for i, count in zip(streams, counts):
         for slot in range(slots):
             pl.when(2 * count > slot)(functools.partial(plgpu.barrier_wait, scratch.emptied.at[i * slots + slot]))
 
@@ -414,7 +417,7 @@ def decode(
         out_types += part_types(num_runs, ROWS)
     ring = consumers * config.slots
     q_copied = max(8 * pl.cdiv(group, 8), 8 * 256 // head_dim)  # rows: four warps copy at least a (8, 64) tile each
-    keys = min(page_size, tile, config.copy)  # a copy
+    keys, producers = min(page_size, tile), config.producers  # keys a copy
     staging = (
         plgpu.SMEM((consumers, ROWS, head_dim), q.dtype),
         plgpu.SMEM((consumers, ROWS, min(head_dim, 128) // 2), jnp.float32),
@@ -446,14 +449,15 @@ def decode(
         scratch = _Scratch(*rest[:2], *rest[2], *rest[3:])
         worker = lax.axis_index("wg")
 
-        @pl.when(worker == consumers)
+        @pl.when(worker >= consumers)
         def _():
-            plgpu.set_max_registers(56, action="decrease")
-            _produce(ins, scratch, config)
+            plgpu.set_max_registers(40 if producers == 2 else 56, action="decrease")
+            share = consumers // producers
+            _produce(ins, scratch, config, [(worker - consumers) * share + i for i in range(share)])
 
         @pl.when(worker < consumers)
         def _():
-            plgpu.set_max_registers(224 if consumers <= 2 else 144, action="increase")
+            plgpu.set_max_registers(216 if producers == 2 else 224, action="increase")
             mine = {
                 name: getattr(scratch, name).at[worker]
                 for name in scratch._fields
@@ -470,7 +474,7 @@ def decode(
         scratch_types=scratch_types,
         grid=(config.blocks,),
         grid_names=("block",),
-        num_threads=consumers + 1,
+        num_threads=consumers + producers,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         interpret=interpret,

@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_common import NO_MAXIMUM
-from .gpu_plan import BEGIN, PLACE, RUN, TILES, DecodePlan
+from .gpu_plan import BEGIN, PLACE, RUN, TILES, DecodePlan, streams_of, tile_cost
 
-OWN_CHUNK, SHARED_CHUNK = 16, 4  # parts that are loaded together
+BLOCKS = 16  # that run on a multiprocessor together
 
 
 class Parts(NamedTuple):
@@ -41,15 +41,16 @@ def _merge_body(
     pieces = own.values.shape[1] // rows
     layout = plgpu.Layout.WG_STRIDED((rows, head_dim), vec_size=rows * head_dim // 128)
     zeros = plgpu.layout_cast(jnp.zeros((rows, head_dim), jnp.float32), layout)
+    row_of = plgpu.broadcasted_iota(jnp.int32, (rows, head_dim), 0, layout=layout)
     length = jnp.maximum(counts_ref[0], 1)
+    own_chunk, shared_chunk = (16, 4) if rows * head_dim == 128 else (4, 2)  # parts that are loaded together
     pairs = min(num_tokens, items_ref.shape[0] - num_runs) * num_kv_heads
 
     def parts_of(item, head, number):
         """(how many parts a pair has, the number of its i-th part)"""
-        tiles = items_ref[item, TILES]
-        begin = items_ref[item, BEGIN] + head * tiles
-        first = lax.div(begin, length)
-        more = lax.div(begin + tiles - 1, length) - first
+        cost = tile_cost(item, num_runs)
+        first, last = streams_of(items_ref[item, BEGIN], items_ref[item, TILES], head, cost, length)
+        more = last - first
 
         def part(i):
             cut = 2 * (first + i) + jnp.where(i == 0, 1, 0)
@@ -65,12 +66,10 @@ def _merge_body(
                 number = index * chunk + i
                 source = part(jnp.minimum(number, count - 1))
                 values.append(plgpu.load(parts.values.at[source, pl.ds(first_row, rows)], layout=layout))
-                each = [parts.lse[source, first_row + j] for j in range(rows)]
-                lse = each[0]
-                if rows == 2:
-                    upper = plgpu.broadcasted_iota(jnp.int32, (rows, head_dim), 0, layout=layout) == 0
-                    lse = jnp.where(upper, each[0], each[1])
-                lses.append(zeros + (lse + jnp.where(number < count, 0.0, 2 * NO_MAXIMUM)))  # past the last: no weight
+                lse = zeros + parts.lse[source, first_row]
+                for j in range(1, rows):
+                    lse = jnp.where(row_of == j, parts.lse[source, first_row + j], lse)
+                lses.append(lse + jnp.where(number < count, 0.0, 2 * NO_MAXIMUM))  # past the last: no weight
             new_highest = functools.reduce(jnp.maximum, lses, highest)
             alpha = jnp.exp2(highest - new_highest)
             total, weight = total * alpha, weight * alpha
@@ -82,16 +81,18 @@ def _merge_body(
         return lax.fori_loop(0, pl.cdiv(count, chunk), several, state)
 
     def put(pair, piece, value):
+        first = lax.rem(pair, num_kv_heads) * group + piece * rows
+        if group % rows == 0:
+            out_ref[lax.div(pair, num_kv_heads), pl.ds(first, rows)] = value.astype(out_ref.dtype)
+            return
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         stage[...] = value.astype(stage.dtype)
         plgpu.commit_smem()
-        row, head = lax.div(pair, num_kv_heads), lax.rem(pair, num_kv_heads)
         for i in range(rows):
-            member = piece * rows + i
 
-            @pl.when(member < group)
+            @pl.when(piece * rows + i < group)
             def _():
-                plgpu.copy_smem_to_gmem(stage.at[i], out_ref.at[row, head * group + member])
+                plgpu.copy_smem_to_gmem(stage.at[i], out_ref.at[lax.div(pair, num_kv_heads), first + i])
 
     @pl.loop(lax.axis_index("block"), pairs * pieces, step=blocks)
     def _piece(index):
@@ -102,13 +103,13 @@ def _merge_body(
 
         @pl.when((count > 1) | (run > 0))
         def _join_parts():
-            state = join(own, count, part, piece * rows, OWN_CHUNK, (zeros, zeros + NO_MAXIMUM, zeros))
+            state = join(own, count, part, piece * rows, own_chunk, (zeros, zeros + NO_MAXIMUM, zeros))
             if shared:
                 common = jnp.maximum(run - 1, 0)
                 count_shared, part_shared = parts_of(common, head, common * num_kv_heads + head)
                 count_shared = jnp.where(run > 0, count_shared, 0)
                 first_row = items_ref[num_runs + row, PLACE] * group + piece * rows
-                state = join(shared, count_shared, part_shared, first_row, SHARED_CHUNK, state)
+                state = join(shared, count_shared, part_shared, first_row, shared_chunk, state)
             put(pair, piece, state[0] / state[2])
 
         if clear:
@@ -139,9 +140,11 @@ def merge(
       clear: whether T is the number of rows, and to write zeros for those that are padding.
     """
     num_tokens, num_heads, head_dim = out_ref.shape
+    pairs, stored = min(num_tokens, plan.order.shape[0]) * (num_heads // group), own.values.shape[1]
     rows = max(1, 128 // head_dim)
-    pieces = min(num_tokens, plan.order.shape[0]) * (num_heads // group) * (own.values.shape[1] // rows)
-    blocks = min(pieces, 8 * multiprocessors)
+    while rows < 4 and stored % (2 * rows) == 0 and pairs * stored // (2 * rows) >= 4 * multiprocessors:
+        rows *= 2  # many pairs: larger pieces of them; few: more of the machine
+    blocks = min(pairs * stored // rows, BLOCKS * multiprocessors)
     operands = [*own, *(shared or ())]
 
     def body(items_ref, counts_ref, *refs):

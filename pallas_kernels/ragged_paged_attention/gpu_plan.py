@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .gpu_share import shared_runs
 from .types import AttentionMetadata
 
 # Columns of DecodePlan.items
 FIRST, END, ROW, RUN, PLACE, BEGIN, TILES, NEXT = range(8)
+# What a tile costs in a batch of which rows share keys: shared ones come from the second-level cache.
+SHARED_COST, OWN_COST = 2, 5
 
 
 class DecodePlan(NamedTuple):
@@ -25,16 +28,29 @@ class DecodePlan(NamedTuple):
       streams: int32[streams, 4], first pair, tile in that pair, number of tiles, number of pairs touched.
       items: int32[V, 8]: FIRST tile; END of the keys; ROW whose page table holds them; RUN, for a row's item its run
         plus one (0: none), for a run's item its number of rows; PLACE, for a row's item its place in the run, for a
-        run's item where in `order` its rows stand; BEGIN in the list, for head 0; number of TILES a head;
+        run's item where in `order` its rows stand; BEGIN, the cost of all that stands before; number of TILES a head;
         the NEXT item that has any.
       order: int32[S], rows.
-      counts: int32[3], tiles a stream, decode rows, real tokens.
+      counts: int32[3], a stream's share of the cost, decode rows, real tokens.
     """
 
     streams: Any  # arrays outside of kernels, Refs inside
     items: Any
     order: Any
     counts: Any
+
+
+def tile_cost(item, num_runs: int):
+    """What a tile of an item costs; an item's number may be traced."""
+    if not num_runs:
+        return 1
+    return jnp.where(item < num_runs, SHARED_COST, OWN_COST)
+
+
+def streams_of(item_begin, tiles, head, cost, length):
+    """(first, last) stream that has tiles of a pair."""
+    begin = item_begin + head * tiles * cost
+    return lax.div(begin, length), lax.div(begin + (tiles - 1) * cost, length)
 
 
 def decode_plan(
@@ -47,7 +63,7 @@ def decode_plan(
     page_size: int = 1,
     shared_rows: int = 0,
 ) -> DecodePlan:
-    """Cuts the decode work into `streams` runs of equally many tiles.
+    """Cuts the decode work into `streams` runs of equal cost. A tile belongs to the stream in which its cost begins.
 
     Args:
       tile: keys a tile.
@@ -71,13 +87,18 @@ def decode_plan(
     ends = jnp.cumsum(tiles * num_kv_heads, dtype=jnp.int32)
     begin = ends - tiles * num_kv_heads
     item = jnp.arange(tiles.shape[0], dtype=jnp.int32)
+    cost = jnp.full_like(item, 0) + tile_cost(item, tiles.shape[0] - size)
+    cost_ends = jnp.cumsum(tiles * num_kv_heads * cost, dtype=jnp.int32)
+    cost_begin = cost_ends - tiles * num_kv_heads * cost
     follows = (item[None, :] > item[:, None]) & (tiles[None, :] > 0)
     following = jnp.min(jnp.where(follows, item[None, :], item[-1]), axis=1)
-    items = jnp.stack([*fields, begin, tiles, following], axis=1)
+    items = jnp.stack([*fields, cost_begin, tiles, following], axis=1)
 
-    total = ends[-1]
-    length = (total + streams - 1) // streams
-    begins = jnp.minimum(jnp.arange(streams + 1, dtype=jnp.int32) * length, total)
+    length = jnp.maximum((cost_ends[-1] + streams - 1) // streams, jnp.max(cost))
+    reached = jnp.minimum(jnp.arange(streams + 1, dtype=jnp.int32) * length, cost_ends[-1])
+    at = jnp.sum(cost_ends[None, :] <= reached[:, None], axis=1, dtype=jnp.int32)
+    at = jnp.minimum(at, ends.shape[0] - 1)
+    begins = begin[at] + (reached - cost_begin[at] + cost[at] - 1) // cost[at]
 
     def locate(position):
         item = jnp.sum(ends[None, :] <= position[:, None], axis=1, dtype=jnp.int32)

@@ -10,7 +10,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu, reference
 from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeConfig
-from pallas_kernels.ragged_paged_attention.gpu_plan import decode_plan, prefill_plan
+from pallas_kernels.ragged_paged_attention.gpu_plan import (
+    BEGIN,
+    FIRST,
+    NEXT,
+    TILES,
+    decode_plan,
+    prefill_plan,
+    streams_of,
+    tile_cost,
+)
 from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillConfig
 from pallas_kernels.ragged_paged_attention.stress_gpu import make_case, make_metadata, relative_error
 from pallas_kernels.ragged_paged_attention.types import CacheSpec
@@ -159,6 +168,30 @@ def test_refuses_what_it_lacks():
         gpu.ragged_paged_attention(*args, scale=1.0)
 
 
+def walk(plan, kv_heads) -> list[tuple[int, int]]:
+    """(pair, tile) of all streams in their order; asserts that a pair's streams are those that the merge will ask."""
+    num_runs = len(plan.items) - len(plan.order)
+    seen: list[tuple[int, int]] = []
+    holders: dict[int, list[int]] = {}
+    for stream, (pair, offset, count, segments) in enumerate(plan.streams):
+        for _ in range(segments):
+            item, head = divmod(int(pair), kv_heads)
+            first, tiles, next_item = plan.items[item, [FIRST, TILES, NEXT]]
+            here = min(tiles - offset, count)
+            seen += [(pair - num_runs * kv_heads, first + offset + i) for i in range(here)]
+            holders.setdefault(int(pair), []).append(stream)
+            pair = next_item * kv_heads if head + 1 == kv_heads else pair + 1
+            offset, count = 0, count - here
+        assert count == 0
+    for pair, streams in holders.items():
+        item, head = divmod(pair, kv_heads)
+        begin, tiles = plan.items[item, [BEGIN, TILES]]
+        cost = np.int32(tile_cost(item, num_runs))
+        first, last = streams_of(begin, tiles, np.int32(head), cost, plan.counts[0])
+        assert streams == list(range(int(first), int(last) + 1))
+    return seen
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_decode_plan_covers_every_tile_once(seed):
     rng = np.random.default_rng(seed)
@@ -168,16 +201,7 @@ def test_decode_plan_covers_every_tile_once(seed):
         rng, [(1, n) for n in lens] + [(5, 9)], page_size=16, num_pages=400, tokens=16, max_rows=12
     )
     plan = jax.tree.map(np.asarray, decode_plan(metadata, kv_heads, streams, tile, window))
-    seen: list[tuple[int, int]] = []
-    for pair, offset, count, segments in plan.streams:
-        for _ in range(segments):
-            item, head = divmod(int(pair), kv_heads)
-            first, _, row, _, _, _, tiles, next_item = plan.items[item]
-            here = min(tiles - offset, count)
-            seen += [(row * kv_heads + head, first + offset + i) for i in range(here)]
-            pair = next_item * kv_heads if head + 1 == kv_heads else pair + 1
-            offset, count = 0, count - here
-        assert count == 0
+    seen = walk(plan, kv_heads)
     expected = [
         (row * kv_heads + head, tile_index)
         for row, kv_len in enumerate(lens)
@@ -200,6 +224,8 @@ def test_shared_plan_covers_every_key_once(seed):
     )  # fmt: skip
     plan = jax.tree.map(np.asarray, decode_plan(metadata, 2, 7, tile, None, page_size=page_size, shared_rows=most))
     num_runs = len(plan.items) - 33
+    seen = walk(plan, 2)
+    assert len(seen) == len(set(seen)) == 2 * sum(plan.items[:, TILES])
     assert sorted(plan.order) == list(range(33))
     members: dict[int, list[int]] = {}
     for row, item in enumerate(plan.items[num_runs:]):
