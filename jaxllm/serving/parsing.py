@@ -78,21 +78,18 @@ class Trimmed:
     """Text without white space at either end, as it comes."""
 
     def __init__(self) -> None:
-        self._begun, self._space = False, ""
+        self._begun = False
+        self._space: list[str] = []
 
     def feed(self, text: str) -> str:
         """What may be shown now."""
         if not self._begun:
             text = text.lstrip()
         body = text.rstrip()
-        if not body:
-            self._space += text
-            return ""
-        shown = self._space + body
-        self._space, self._begun = text[len(body) :], True
+        shown = ""
+        if body:
+            shown = "".join(self._space) + body
+            self._space, self._begun = [], True
+        if len(body) < len(text):
+            self._space.append(text[len(body) :])
         return shown
-
-    def flush(self) -> str:
-        """The white space at the end, which was held back."""
-        text, self._space = self._space, ""
-        return text

@@ -61,7 +61,7 @@ class ReasoningParser:
             self._state = "inside"
         self._thought = Trimmed()
         self._lead = self._state == "after" or self._state == "inside"  # white space before the content is dropped
-        self._space = ""  # before a start marker that may yet come
+        self._space: list[str] = []  # before a start marker that may yet come
 
     def feed(self, text: str) -> list[Event]:
         """The events that this text settles."""
@@ -74,7 +74,7 @@ class ReasoningParser:
                 self._content(rest, events)
                 return events
             if marker == self._start:
-                self._state, self._space, self._lead = "inside", "", True
+                self._state, self._space, self._lead = "inside", [], True
             elif marker is not None:
                 self._state = "after"
                 self._lead = True
@@ -89,9 +89,9 @@ class ReasoningParser:
                 events.append(Reasoning(shown))
         elif text.strip():
             self._state = "after"
-            self._content(self._space + text, events)
+            self._content("".join(self._space) + text, events)
         else:
-            self._space += text
+            self._space.append(text)
 
     def _content(self, text: str, events: list[Event]) -> None:
         if self._lead:
@@ -107,5 +107,5 @@ class ReasoningParser:
         if held:
             self._take(held, events)
         elif self._state == "before" and self._space:
-            events.append(Content(self._space))
+            events.append(Content("".join(self._space)))
         return events

@@ -18,7 +18,7 @@ class ToolParser:
 
     def __init__(self) -> None:
         self.num_calls = 0
-        self._space = ""
+        self._space: list[str] = []  # held back: white space at the content's end goes if a call follows
 
     def feed(self, text: str) -> list[Event]:
         """The events that this text settles."""
@@ -32,24 +32,24 @@ class ToolParser:
         self._finish(events)
         events = self._trim(events)
         if self._space and not self.num_calls:
-            events.append(Content(self._space))
-        self._space = ""
+            events.append(Content("".join(self._space)))
+        self._space = []
         return events
 
     def _trim(self, events: list[Event]) -> list[Event]:
         kept: list[Event] = []
         for event in events:
             if isinstance(event, Content):
-                text = self._space + event.text
-                body = text.rstrip()
-                self._space = text[len(body) :]
-                if not body:
-                    continue
-                kept.append(Content(body))
+                body = event.text.rstrip()
+                if body:
+                    kept.append(Content("".join(self._space) + body))
+                    self._space = []
+                if len(body) < len(event.text):
+                    self._space.append(event.text[len(body) :])
             else:
                 if isinstance(event, CallStart):
                     self.num_calls += 1
-                    self._space = ""
+                    self._space = []
                 kept.append(event)
         return kept
 

@@ -17,6 +17,7 @@ class HermesParser(ToolParser):
         self._scanner = MarkerScanner(START, END)
         self._call: CallScanner | None = None
         self._index = 0
+        self._closing = False  # after a call, before its end marker: white space there is none of the content
         self._no_call = False  # what stood after the start marker was none: its end marker is text too
 
     def _feed(self, text: str, events: list[Event]) -> None:
@@ -25,11 +26,17 @@ class HermesParser(ToolParser):
                 text = self._call.feed(text, events)
                 if self._call.done:
                     self._index += self._call.started
-                    self._no_call, self._call = self._call.failed, None
+                    self._no_call = self._call.failed
+                    self._closing, self._call = not self._call.failed, None
                 continue
             before, marker, text = self._scanner.feed(text)
+            if self._closing:
+                before = before.lstrip()
             if before:
                 events.append(Content(before))
+                self._closing = False
+            if marker is not None:
+                self._closing = False
             if marker == START:
                 self._call = CallScanner(self._index, START)
             elif marker == END and self._no_call:
