@@ -156,7 +156,7 @@ class Generation:
         if count:
             self.usage.completion_tokens += count
             self._counts[index] += count
-            self._metrics.generation_tokens.inc(count)
+            self._metrics.generated += count
             if self._first[index]:
                 self._metrics.itl.observe(now - self._last[index])
             else:

@@ -51,7 +51,7 @@ class Metrics:
             return made.labels(model)
 
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests.").labels(model)
-        self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(model)
+        self.generated = 0  # output tokens; a plain number, since it changes with every one of them
         self._success = counter("request_success", "Samples by finish reason.", "finished_reason")
         self._http = counter("http_requests", "HTTP answers.", "path", "status")
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
@@ -82,6 +82,9 @@ class Metrics:
                 counter = CounterMetricFamily(PREFIX + name, help, labels=["model_name"])
                 counter.add_metric([self._model], stats[key])
                 yield counter
+        counter = CounterMetricFamily(PREFIX + "generation_tokens", "Tokens generated.", labels=["model_name"])
+        counter.add_metric([self._model], self.generated)
+        yield counter
         samples, tokens = self._depth()
         for name, help, value in (
             ("server_samples", "Samples under way at the server.", samples),

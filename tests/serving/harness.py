@@ -11,9 +11,13 @@ from typing import Any
 import httpx2
 
 from jaxllm import AsyncLLM
+from jaxllm.bench.stub_engine import stub_engine
+from jaxllm.checkpoint import open_checkpoint
+from jaxllm.engine.messages import AddRequest
+from jaxllm.frontend.engine import FrontEngine
 from jaxllm.serving.app import make_services
 from jaxllm.serving.config import ServerConfig
-from jaxllm.serving.server import bind, run
+from jaxllm.serving.server import MANY, bind, run
 from jaxllm.serving.services import Services
 from tests.engine import tiny
 
@@ -31,6 +35,18 @@ def write_chat_model(directory: Path, **config: Any) -> str:
     file = directory / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
     return str(directory)
+
+
+def scripted(model: str, texts: list[str], **options: Any) -> FrontEngine:
+    """An engine that answers with these texts, one request after the other."""
+    tokenizer = open_checkpoint(model, None).tokenizer()
+
+    def reply(_: AddRequest) -> list[int]:
+        return [*tokenizer.encode(texts.pop(0), add_special_tokens=False), tiny.EOS]
+
+    engine = stub_engine(tokenizer, reply, **options)
+    engine.builder.eos_token_ids = frozenset({tiny.EOS})
+    return engine
 
 
 class Running:
@@ -73,15 +89,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model: str, engine: dict[str, Any] | None = None, **config: Any) -> Iterator[Running]:
-    """Starts a server; ends it when the block ends."""
+def running(model: str | FrontEngine, engine: dict[str, Any] | None = None, **config: Any) -> Iterator[Running]:
+    """Starts a server of a model, or of an engine that is there; ends it when the block ends."""
     settings = ServerConfig(**{"port": 0, "log_level": "warning", **config})
     ready: Any = threading.Event()
     found: dict[str, Any] = {}
 
     async def main() -> None:
-        options = {**tiny.OPTIONS, "engine_process": False, **(engine or {})}
-        async with AsyncLLM(model, **options) as llm:
+        options: dict[str, Any] = {**tiny.OPTIONS, "engine_process": False, **(engine or {})}
+        opened = {"model": model, **options} if isinstance(model, str) else {"engine": model}
+        async with AsyncLLM(max_concurrent_requests=MANY, **opened) as llm:
             services = make_services(llm, settings)
             with contextlib.closing(bind(settings)) as bound:
                 url = f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -157,10 +157,40 @@ def test_a_forced_beginning_goes_on(name):
 
 
 PIECES = [
-    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|python_start|>", "<think>", "</think>",
-    "[THINK]", "[/THINK]", '{"name": "f", "arguments": {"a": "}\\""}}', '{"name": "g", "parameters": {}}', "[f(a='[', b=2)]",
-    "f(x=1)", "{", "}", "[", "]", '"', "\\", ",", ";", ":", "\n", " ", "word", "'", "(", ")", "é", '"name"', "name", "null",
-]  # fmt: skip
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "<|python_tag|>",
+    "<|python_start|>",
+    "<think>",
+    "</think>",
+    "[THINK]",
+    "[/THINK]",
+    '{"name": "f", "arguments": {"a": "}\\""}}',
+    '{"name": "g", "parameters": {}}',
+    "[f(a='[', b=2)]",
+    "f(x=1)",
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    ",",
+    ";",
+    ":",
+    "\n",
+    " ",
+    "word",
+    "'",
+    "(",
+    ")",
+    "é",
+    '"name"',
+    "name",
+    "null",
+]
 TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=14).map("".join)
 
 
