@@ -53,8 +53,8 @@ def make_app(services: Services) -> ASGIApp:
     app.state.services = services
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ApiError, _failed)
-    app.add_exception_handler(JaxllmError, _failed)
+    for kind in (ApiError, JaxllmError, TimeoutError, Exception):
+        app.add_exception_handler(kind, _failed)
     for module in (generate, models, tokenize, operations):
         app.include_router(module.router)
     inner: ASGIApp = Gate(app, services)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -87,8 +88,10 @@ async def serve(model: str, config: ServerConfig, options: dict[str, Any]) -> in
             return await run(services, bound, f"http://{host}:{port}")
 
 
-async def run(services: Services, bound: socket.socket, address: str) -> int:
-    """Serves on a bound socket."""
+async def run(
+    services: Services, bound: socket.socket, address: str, made: Callable[[Server], None] = lambda server: None
+) -> int:
+    """Serves on a bound socket; the exit status. `made` gets to know the server, to drain it without a signal."""
     settings = uvicorn.Config(
         make_app(services),
         log_config=None,
@@ -98,10 +101,11 @@ async def run(services: Services, bound: socket.socket, address: str) -> int:
         ws="none",
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=1,
         backlog=4096,
     )
     server = Server(settings, services)
+    made(server)
     beat = asyncio.ensure_future(services.heartbeat.run())
     watch = asyncio.ensure_future(server.watch())
     log.event(logger, logging.INFO, "serving", model=services.names[0], address=address, keys=services.keys.needed)

@@ -18,7 +18,6 @@ from jaxllm.frontend.engine import FrontEngine
 from jaxllm.serving.app import make_services
 from jaxllm.serving.config import ServerConfig
 from jaxllm.serving.server import MANY, bind, run
-from jaxllm.serving.services import Services
 from tests.engine import tiny
 
 TEMPLATE = (
@@ -58,8 +57,9 @@ class Running:
       http: a client of it.
     """
 
-    def __init__(self, url: str, services: Services, loop: asyncio.AbstractEventLoop):
-        self.url, self.services, self._loop = url, services, loop
+    def __init__(self, found: dict[str, Any]):
+        self.url, self.services, self._loop = found["url"], found["services"], found["loop"]
+        self._found, url = found, found["url"]
         self.http = httpx2.Client(base_url=url, timeout=60)
 
     def call(self, function, *arguments) -> Any:
@@ -70,6 +70,20 @@ class Running:
             return await result if asyncio.iscoroutine(result) else result
 
         return asyncio.run_coroutine_threadsafe(work(), self._loop).result(timeout=60)
+
+    def drain(self) -> None:
+        """What a SIGTERM does."""
+        self.call(self._found["server"].drain)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server has ended by itself."""
+        return "status" in self._found
+
+    @property
+    def status(self) -> int:
+        """The exit status it ended with."""
+        return self._found["status"]
 
     def stats(self) -> dict[str, Any]:
         """The engine's figures."""
@@ -103,7 +117,7 @@ def running(model: str | FrontEngine, engine: dict[str, Any] | None = None, **co
             with contextlib.closing(bind(settings)) as bound:
                 url = f"http://127.0.0.1:{bound.getsockname()[1]}"
                 found.update(url=url, services=services, loop=asyncio.get_running_loop())
-                work = asyncio.ensure_future(run(services, bound, url))
+                work = asyncio.ensure_future(run(services, bound, url, lambda made: found.update(server=made)))
                 found["stop"] = work.cancel
                 ready.set()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -122,7 +136,7 @@ def running(model: str | FrontEngine, engine: dict[str, Any] | None = None, **co
     thread.start()
     ready.wait(60)
     assert "error" not in found and "url" in found, found
-    server = Running(found["url"], found["services"], found["loop"])
+    server = Running(found)
     for _ in range(200):
         with contextlib.suppress(httpx2.TransportError):
             if server.http.get("/health").status_code == 200:

@@ -104,9 +104,7 @@ def test_echo_with_logprobs_scores_the_prompt(server):
     scored = server.post("/v1/completions", **body, max_tokens=0).json()
     assert scored["choices"][0]["text"] == PROMPT and scored["choices"][0]["finish_reason"] == "length"
     of_prompt = len(output.prompt_token_ids)
-    assert scored["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(
-        wanted[:of_prompt], abs=1e-4
-    )
+    assert scored["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(wanted[:of_prompt], abs=1e-4)
     assert scored["usage"]["completion_tokens"] == 0
 
 
