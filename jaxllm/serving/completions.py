@@ -10,7 +10,7 @@ from jaxllm.serving.errors import ApiError, refuse
 from jaxllm.serving.generation import Generation
 from jaxllm.serving.logprobs import LogprobFormat, prompt_logprobs
 from jaxllm.serving.protocol.completions import CompletionRequest
-from jaxllm.serving.sampling import encode, sampling_params, truncate
+from jaxllm.serving.sampling import check_length, encode, sampling_params, truncate
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import DONE, event
 from jaxllm.serving.streaming import encode as to_json
@@ -31,6 +31,7 @@ async def complete(services: Services, context: Context, body: CompletionRequest
         special = body.add_special_tokens is not False
         ids = await encode(services, prompt, special) if isinstance(prompt, str) else prompt
         prompts.append(truncate(services, ids, body, params.max_tokens))
+        check_length(services, "prompt", prompt, prompts[-1])
         if len(prompts[-1]) < len(ids):
             texts[-1] = None
     generation = Generation(services, context, prompts, params, body.priority or 0, context.cache_salt(body.cache_salt))

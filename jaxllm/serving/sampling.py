@@ -71,3 +71,11 @@ def truncate(services: Services, ids: list[int], body: Sampling, max_tokens: int
     if keep == -1:
         keep = max(1, services.llm.max_model_len - (max_tokens or 1))
     return ids[-keep:]
+
+
+def check_length(services: Services, field: str, shown: object, ids: list[int]) -> None:
+    """Raises InvalidRequestError for a prompt that leaves no room; `field` and `shown` are the client's own."""
+    most = services.llm.max_model_len - 1
+    if len(ids) > most:
+        limit = f"has {len(ids)} tokens; at most {most}, max_model_len less one for the output"
+        raise InvalidRequestError(field, shown, limit)

@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions."""
+"""POST /v1/completions, /v1/chat/completions and /v1/responses."""
 
 from fastapi import APIRouter, Request, Response
 
@@ -6,6 +6,8 @@ from jaxllm.serving.chat import chat
 from jaxllm.serving.completions import complete
 from jaxllm.serving.protocol.chat import ChatRequest
 from jaxllm.serving.protocol.completions import CompletionRequest
+from jaxllm.serving.protocol.responses import ResponsesRequest
+from jaxllm.serving.responses import respond_to
 from jaxllm.serving.routes.dependencies import ContextOf, ServicesOf
 from jaxllm.serving.streaming import respond
 
@@ -26,3 +28,11 @@ async def create_chat_completion(
 ) -> Response:
     """Answers a conversation."""
     return await respond(request, services, context, await chat(services, context, body))
+
+
+@router.post("/v1/responses")
+async def create_response(
+    body: ResponsesRequest, request: Request, services: ServicesOf, context: ContextOf
+) -> Response:
+    """Answers input items with output items."""
+    return await respond(request, services, context, await respond_to(services, context, body))
