@@ -18,7 +18,7 @@ from jaxllm.serving.gate import Gate
 from jaxllm.serving.heartbeat import Heartbeat
 from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.reasoning import reasoning_style
-from jaxllm.serving.routes import generate, models, operations, tokenize
+from jaxllm.serving.routes import generate, models, operations, page, tokenize
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import error_response
 from jaxllm.serving.tools import tool_parser
@@ -55,9 +55,9 @@ def make_app(services: Services) -> ASGIApp:
     app.add_exception_handler(HTTPException, _http)
     for kind in (ApiError, JaxllmError, TimeoutError, Exception):
         app.add_exception_handler(kind, _failed)
-    for module in (generate, models, tokenize, operations):
+    for module in (generate, models, tokenize, operations, page):
         app.include_router(module.router)
-    inner: ASGIApp = Gate(app, services)
+    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS)
     if services.config.allowed_origins:
         origins = list(services.config.allowed_origins)
         inner = CORSMiddleware(inner, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

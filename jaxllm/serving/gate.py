@@ -89,7 +89,7 @@ class Gate:
     def _tell(self, scope: Scope, context: Context, status: int) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self._services.metrics.answered(route, status)
-        if scope["path"] in QUIET and status < 400:
+        if (scope["path"] in QUIET or scope["path"].startswith("/static/")) and status < 400:
             return
         log.event(
             logger,
