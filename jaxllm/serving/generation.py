@@ -55,6 +55,7 @@ class Generation:
         self._last = [0.0] * self.num_choices  # when each choice last brought something
         self._first = [0.0] * self.num_choices
         self._counts = [0] * self.num_choices
+        self._ended = [False] * self.num_choices
         self._streams: list[AsyncIterator[CompletionOutput]] = []
         self._heads: list[asyncio.Task] = []
         self._pumps: list[asyncio.Task] = []
@@ -79,6 +80,7 @@ class Generation:
                 if head.done():
                     head.result()
         except BaseException:
+            self._ended = [True] * self.num_choices  # refused: there was no sample that could end
             await self.close()
             raise
 
@@ -92,6 +94,9 @@ class Generation:
                 await stream.aclose()  # type: ignore[attr-defined]
         if self._streams:
             self._streams = []
+            for index, ended in enumerate(self._ended):
+                if not ended:
+                    self._end(index, "abort", time.perf_counter())
             self._context.log |= {
                 "prompt_tokens": self.usage.prompt_tokens,
                 "output_tokens": self.usage.completion_tokens,
@@ -165,6 +170,7 @@ class Generation:
 
     def _end(self, index: int, reason: str, now: float) -> None:
         metrics, count = self._metrics, self._counts[index]
+        self._ended[index] = True
         metrics.finished(reason)
         metrics.e2e.observe(now - self._context.begin)
         metrics.output_length.observe(count)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from jaxllm.serving.protocol.chat import ChatRequest
 from jaxllm.serving.protocol.completions import CompletionRequest
+from jaxllm.serving.protocol.responses import ResponsesRequest
 
-SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
@@ -40,9 +41,12 @@ TOOLS = st.lists(
 )
 
 
+LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+
+
 def bodies(model, required: dict) -> st.SearchStrategy:
     """Objects with the endpoint's own fields, mostly of sane values."""
-    fields = sorted({*model.model_fields, *SANE} - {"max_completion_tokens", *required})
+    fields = sorted({*model.model_fields, *SANE.keys() & model.model_fields.keys()} - {*LIMITS, *required})
     optional = {name: SANE.get(name, JSON) for name in fields}
     few = st.sets(st.sampled_from(fields), max_size=5).flatmap(
         lambda names: st.fixed_dictionaries(
@@ -63,27 +67,47 @@ def check(server, path: str, body: object) -> None:
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
     elif answer.headers["content-type"].startswith("text/event-stream"):
-        lines = [line for line in answer.text.split("\n") if line]
-        assert lines[-1] == "data: [DONE]"
-        for line in lines[:-1]:
+        lines = [line for line in answer.text.split("\n") if line and not line.startswith("event: ")]
+        assert lines[-1] == "data: [DONE]" or path == "/v1/responses"
+        for line in lines[: None if path == "/v1/responses" else -1]:
             event = json.loads(line.removeprefix("data: "))
-            assert "choices" in event or event["error"]["code"] == "invalid_value"
+            assert "choices" in event or "sequence_number" in event or event["error"]["code"] == "invalid_value"
     else:
         json.loads(answer.text)
 
 
 @SETTINGS
-@given(body=bodies(CompletionRequest, {"prompt": PROMPT}))
+@given(body=bodies(CompletionRequest, {"prompt": PROMPT, "max_tokens": st.integers(0, 5)}))
 def test_completions(server, body):
     check(server, "/v1/completions", body)
 
 
 @SETTINGS
 @given(
-    body=bodies(ChatRequest, {"messages": st.lists(MESSAGE, min_size=1, max_size=3), "tools": TOOLS | st.none()}),
+    body=bodies(
+        ChatRequest,
+        {
+            "messages": st.lists(MESSAGE, min_size=1, max_size=3),
+            "tools": TOOLS | st.none(),
+            "max_tokens": st.integers(0, 5),
+        },
+    ),
 )
 def test_chats(server, body):
     check(server, "/v1/chat/completions", body)
+
+
+INPUT = TEXT | JSON | st.lists(MESSAGE | st.fixed_dictionaries(
+    {"type": st.sampled_from(["function_call", "function_call_output", "reasoning", "message"])},
+    optional={"call_id": TEXT, "name": TEXT, "arguments": TEXT, "output": TEXT, "content": JSON, "role": TEXT}),
+    max_size=3,
+)  # fmt: skip
+
+
+@SETTINGS
+@given(body=bodies(ResponsesRequest, {"input": INPUT, "max_output_tokens": st.integers(0, 5)}))
+def test_responses(server, body):
+    check(server, "/v1/responses", body)
 
 
 @SETTINGS
@@ -101,11 +125,11 @@ def test_what_the_schema_allows(server):
     assert len(operations) >= 10
     for operation in operations:
 
-        @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def send(case):
             if isinstance(case.body, dict):
-                for name in ("max_tokens", "max_completion_tokens", "n"):
+                for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
                     if isinstance(case.body.get(name), int):
                         case.body[name] = min(case.body[name], 3)
             answer = case.call(timeout=20)

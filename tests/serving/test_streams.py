@@ -51,6 +51,7 @@ def test_a_client_that_leaves_is_aborted(server, body, stream):
     until(lambda: not server.stats()["running"])
     until(lambda: server.services.admission.samples == 0)
     assert server.stats()["scheduled_tokens"] - before < 400  # it did not run to its end
+    until(lambda: b'finished_reason="abort"' in server.http.get("/metrics").content)
 
 
 def test_tokens_come_one_by_one(slow):
