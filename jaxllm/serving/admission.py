@@ -52,14 +52,18 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def enter(self, samples: int, tokens: int) -> Ticket:
-        """Lets a request in. Raises ApiError: 503 while draining, 429 where a bound is passed."""
+    def check(self, samples: int) -> None:
+        """Raises ApiError for a request that would not be let in, so that no work is spent on it: see `enter`."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", None, "draining", retry_after=LONGEST_RETRY)
         over = self.samples + samples - self._max_running - self._max_queued
         if over > 0 and self.samples:
             message = f"{self.samples} samples are under way: at most max_queued_requests={self._max_queued} may wait"
             raise ApiError(429, message, None, "queue_full", retry_after=self._retry_after(over))
+
+    def enter(self, samples: int, tokens: int) -> Ticket:
+        """Lets a request in. Raises ApiError: 503 while draining, 429 where a bound is passed."""
+        self.check(samples)
         if self.waiting_tokens and self.waiting_tokens + tokens > self._max_tokens:
             message = f"{self.waiting_tokens} prompt tokens wait: at most max_queued_tokens={self._max_tokens} may"
             raise ApiError(429, message, None, "queue_full", retry_after=self._retry_after(1))

@@ -81,6 +81,7 @@ async def prepare(services: Services, context: Context, body: ChatRequest) -> Pr
     model = services.model(body.model)
     parser, forced = chosen_tools(services, body)
     params = _params(services, body, parser)
+    services.admission.check(params.n)
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)

@@ -24,6 +24,7 @@ async def complete(services: Services, context: Context, body: CompletionRequest
     if len(body.prompt) > services.config.max_prompts:
         raise refuse("prompt", f"{len(body.prompt)} prompts", f"at most {services.config.max_prompts} (--max-prompts)")
     params = _params(services, body)
+    services.admission.check(len(body.prompt) * params.n)
     texts: list[str | None] = []
     prompts: list[list[int]] = []
     for prompt in body.prompt:

@@ -36,10 +36,6 @@ def sampling_params(services: Services, body: Sampling, **own: Any) -> SamplingP
         if asked is not None and most >= 0 and (asked > most or asked < 0):
             name = "top_logprobs" if field == "logprobs" and hasattr(body, "top_logprobs") else field
             raise refuse(name, asked, f"at most {most} (--max-logprobs)")
-    if body.priority and services.llm.config.scheduling_policy != "priority":
-        raise refuse(
-            "priority", body.priority, "the engine serves by arrival; start it with --scheduling-policy priority"
-        )
     if body.stream_options is not None and not body.stream:
         raise refuse("stream_options", body.stream_options.model_dump(exclude_none=True), "needs stream=true")
     base = {field.name: getattr(services.llm.builder.default_params(), field.name) for field in _fields()}

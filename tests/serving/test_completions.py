@@ -183,7 +183,7 @@ REFUSED = [
     ({"prompt": PROMPT, "logprobs": 21}, 400, "logprobs", "20"),
     ({"prompt": PROMPT, "logit_bias": {"a": 1}}, 400, "logit_bias", "token ids"),
     ({"prompt": PROMPT, "logit_bias": {"300": 1}}, 400, "logit_bias", "300"),
-    ({"prompt": PROMPT, "priority": 1}, 400, "priority", "--scheduling-policy"),
+    ({"prompt": PROMPT, "priority": 1}, 400, "priority", "scheduling_policy"),
     ({"prompt": PROMPT, "stream_options": {"include_usage": True}}, 400, "stream_options", "stream=true"),
     ({"prompt": PROMPT, "stream": True, "prompt_logprobs": 1}, 400, "prompt_logprobs", "streams"),
     ({"prompt": [5] * 512}, 400, "prompt", "max_model_len"),

@@ -257,7 +257,8 @@ def test_the_command_serves_and_drains(command):
         (["--host", "256.0.0.1"], "host='256.0.0.1'"),
     ],
 )
-def test_the_command_refuses_before_the_engine_starts(flags, words, model):
+def test_the_command_refuses_before_the_engine_starts(flags, words, model, monkeypatch):
+    monkeypatch.setattr("jaxllm.serving.log.set_up_logging", lambda *_: None)  # the tests' own is to stay
     with pytest.raises(ConfigError) as caught:
         CliRunner().invoke(app, ["serve", model, *flags], catch_exceptions=False)
     assert words in str(caught.value)
