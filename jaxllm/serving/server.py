@@ -66,8 +66,9 @@ class Server(uvicorn.Server):
 def bind(config: ServerConfig) -> socket.socket:
     """The listening socket to be. Raises ConfigError where the address is taken or none of this machine's."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        # With its protocol: asyncio sends small writes at once (TCP_NODELAY) only on sockets that tell it.
+        bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.serving.auth import ApiKeys, load_keys
 from jaxllm.serving.config import ServerConfig
 from jaxllm.serving.log import JsonFormatter
+from jaxllm.serving.server import bind
 from tests.serving.harness import running, scripted
 
 KEY, OTHER = "sk-a-secret-of-its-own", "sk-another-secret-0123"
@@ -153,6 +155,11 @@ def test_options_are_checked(options, words):
     with pytest.raises(ConfigError, match=words) as caught:
         ServerConfig(**options)
     assert "mine" not in str(caught.value)
+
+
+def test_small_writes_go_out_at_once():
+    with bind(ServerConfig(port=0)) as bound:
+        assert bound.proto == socket.IPPROTO_TCP  # without it asyncio leaves Nagle's algorithm on
 
 
 def test_metrics(model):
