@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from jaxllm.errors import ConfigError, EngineDeadError
 from jaxllm.serving.chat import chat
 from jaxllm.serving.completions import complete
-from jaxllm.serving.context import Context
+from jaxllm.serving.context import Context, numbered
 from jaxllm.serving.errors import ApiError, api_error, refuse, validation_error
 from jaxllm.serving.protocol.chat import ChatRequest
 from jaxllm.serving.protocol.completions import CompletionRequest
@@ -39,7 +38,6 @@ URLS: dict[str, tuple[type[BaseModel], Callable[..., Awaitable[Answer]]]] = {
 }
 FIELDS = {"custom_id", "method", "url", "body"}
 _ID = re.compile(r"batch_req_(\d+)")
-_numbers = itertools.count()
 
 
 @dataclasses.dataclass
@@ -150,7 +148,7 @@ async def _answer(services: Services, context: Context, row: dict[str, Any]) -> 
 
 
 async def _run_row(services: Services, number: int, line: bytes, seen: set[str]) -> dict[str, Any]:
-    context = Context(f"batch-{number}", next(_numbers))
+    context = numbered(f"batch-{number}")
     custom_id, status = None, 200
     try:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):

@@ -42,11 +42,16 @@ class Context:
         return f"{self.key.salt}:{asked or ''}"
 
 
+def numbered(request_id: str) -> Context:
+    """A context with a number of its own."""
+    return Context(request_id, next(_numbers))
+
+
 def new_context(headers: Mapping[bytes, bytes]) -> Context:
     """A context with the client's X-Request-Id if it is harmless, else a drawn one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-    return Context(request_id, next(_numbers))
+    return numbered(request_id)
 
 
 def asked_timeout(headers: Mapping[bytes, bytes]) -> float | None:

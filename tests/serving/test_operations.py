@@ -157,6 +157,19 @@ def test_options_are_checked(options, words):
     assert "mine" not in str(caught.value)
 
 
+def test_pages_of_other_origins(model):
+    ask = {"origin": "http://page", "access-control-request-method": "POST"}
+    with running(scripted(model, []), allowed_origins=["http://page"], api_key=[KEY]) as server:
+        allowed = server.http.options("/v1/completions", headers=ask)
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "http://page"
+        refused = server.http.get("/v1/models", headers={"origin": "http://page"})
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "http://page"
+        other = server.http.options("/v1/completions", headers={**ask, "origin": "http://else"})
+        assert "access-control-allow-origin" not in other.headers
+    with running(scripted(model, [])) as server:
+        assert "access-control-allow-origin" not in server.http.get("/v1/models", headers=ask).headers
+
+
 def test_small_writes_go_out_at_once():
     with bind(ServerConfig(port=0)) as bound:
         assert bound.proto == socket.IPPROTO_TCP  # without it asyncio leaves Nagle's algorithm on

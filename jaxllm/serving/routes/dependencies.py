@@ -1,4 +1,4 @@
-"""What endpoints take from the request."""
+"""What endpoints take from the request. Coroutine functions: FastAPI would run others on a thread."""
 
 from typing import Annotated
 
@@ -8,11 +8,11 @@ from jaxllm.serving.context import Context
 from jaxllm.serving.services import Services
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     return request.app.state.services
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:
     return request.scope["jaxllm.context"]
 
 
