@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from jaxllm.config import config_from
+from jaxllm.config import EngineConfig, config_from
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.messages import Finish, SequenceOutput, StepOutputs, Utility, UtilityResult
 from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, JaxllmError
@@ -97,6 +97,21 @@ class AsyncLLM:
     def max_model_len(self) -> int:
         """Most tokens of one request, prompt and output."""
         return self.builder.limits.max_model_len
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's options."""
+        return self._engine.config
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Samples that run at once."""
+        return self._client.ready.max_num_seqs
+
+    def live_output(self, request_id: str) -> RequestOutput | None:
+        """What a request under way has brought so far, texts left out; None for one that is not."""
+        live = self._requests.get(request_id)
+        return None if live is None else live.collector.output
 
     def get_tokenizer(self):
         """The model's tokenizer. Raises InvalidRequestError if it has none."""

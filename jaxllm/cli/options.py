@@ -13,6 +13,7 @@ import typer
 
 from jaxllm.config import EngineConfig
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.serving.config import ServerConfig
 
 Command = Callable[..., Any]
 
@@ -40,6 +41,13 @@ def sampling_options() -> Callable[[Command], Command]:
     fields = [field for field in dataclasses.fields(SamplingParams) if field.name in SAMPLING_FLAGS]
     helps = dict(re.findall(r"^ +(\w+): (.*)$", SamplingParams.__doc__ or "", re.MULTILINE))
     return _with_fields("sampling", SamplingParams, fields, helps, "Sampling")
+
+
+def server_options(*, only: Collection[str] | None = None) -> Callable[[Command], Command]:
+    """The same for ServerConfig, as the argument `server`; `only` names the fields that the command has a use for."""
+    fields = [field for field in dataclasses.fields(ServerConfig) if only is None or field.name in only]
+    helps = {field.name: field.metadata["help"] for field in fields}
+    return _with_fields("server", ServerConfig, fields, helps, "Server")
 
 
 def _with_fields(
@@ -103,7 +111,7 @@ def _parameter(field: dataclasses.Field, kind: Any, help: str, panel: str) -> in
     """The flag of one field. Its default is None, "not set"; the help tells the dataclass's."""
     flag = "--" + field.name.replace("_", "-")
     declaration = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    shown = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
+    shown = "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {field.default})"
     option = typer.Option(declaration, help=help + shown, rich_help_panel=panel, show_default=False)
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: a guest of `AsyncLLM`."""

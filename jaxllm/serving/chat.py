@@ -1,0 +1,128 @@
+"""Chats: a request to a prompt and parameters, and the parser of its answer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.serving.chat_answer import ChatAnswer, Wishes
+from jaxllm.serving.context import Context
+from jaxllm.serving.conversation import render
+from jaxllm.serving.errors import refuse
+from jaxllm.serving.generation import Generation
+from jaxllm.serving.protocol.chat import ChatRequest
+from jaxllm.serving.reasoning import ReasoningParser, reasoning_style
+from jaxllm.serving.sampling import check_length, encode, sampling_params, truncate
+from jaxllm.serving.services import Services
+from jaxllm.serving.text_parser import TextParser
+from jaxllm.serving.tools import ToolParser, tool_parser
+
+
+def chosen_tools(services: Services, body: ChatRequest) -> tuple[type[ToolParser] | None, str | None]:
+    """(the parser of calls or None, how the answer is made to begin). Raises ApiError."""
+    choice = body.tool_choice
+    if not body.tools:
+        if choice not in (None, "none"):
+            raise refuse("tool_choice", choice, "needs tools")
+        return None, None
+    if choice == "none":
+        return None, None
+    name = services.config.tool_call_parser
+    if name is None:
+        raise refuse("tools", f"{len(body.tools)} tools", "start the server with --tool-call-parser to use tools")
+    parser = tool_parser(name)
+    names = [tool.function.name for tool in body.tools]
+    if choice is not None and choice.startswith("function:"):
+        wanted = choice.removeprefix("function:")
+        if wanted not in names:
+            raise refuse("tool_choice", wanted, f"is none of the tools {', '.join(names)}")
+        return parser, parser.forced(wanted)
+    return parser, parser.forced(None) if choice == "required" else None
+
+
+@dataclasses.dataclass
+class PreparedChat:
+    """A chat that has been let in and not been started.
+
+    Attributes:
+      model: its name in the answer.
+      prompt: the conversation's token ids.
+      text_parser: makes the parser of one choice's text; None for plain text.
+    """
+
+    model: str
+    prompt: list[int]
+    generation: Generation
+    text_parser: Callable[[], TextParser | None]
+
+
+async def chat(services: Services, context: Context, body: ChatRequest) -> ChatAnswer:
+    """An answer whose generation has not been started. Raises ApiError or any of jaxllm.errors."""
+    prepared = await prepare(services, context, body)
+    options = body.stream_options
+    wishes = Wishes(
+        request_id=body.request_id or context.request_id,
+        stream=bool(body.stream),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        as_ids=bool(body.return_tokens_as_token_ids),
+        token_ids=bool(body.return_token_ids),
+        prompt_logprobs=body.prompt_logprobs is not None,
+        usage=bool(options and options.include_usage),
+        usage_always=bool(options and options.continuous_usage_stats),
+        reasoning=body.include_reasoning is not False,
+        one_call=body.parallel_tool_calls is False,
+        named=isinstance(body.tool_choice, str) and body.tool_choice.startswith("function:"),
+    )
+    return ChatAnswer(services, prepared.model, wishes, prepared.prompt, prepared.generation, prepared.text_parser)
+
+
+async def prepare(services: Services, context: Context, body: ChatRequest) -> PreparedChat:
+    """Renders and checks a chat, and lets it in. Raises ApiError or any of jaxllm.errors."""
+    model = services.model(body.model)
+    parser, forced = chosen_tools(services, body)
+    params = _params(services, body, parser)
+    services.admission.check(params.n)
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none":
+            variables.setdefault("enable_thinking", False)
+    text = await render(
+        services,
+        body.messages,
+        body.tools if body.tool_choice != "none" else None,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        variables=variables,
+    )
+    prompt = await encode(services, text + (forced or ""), bool(body.add_special_tokens))
+    prompt = truncate(services, prompt, body, params.max_tokens)
+    check_length(services, "messages", text, prompt)
+    style = services.config.reasoning_parser
+
+    def text_parser() -> TextParser | None:
+        reasoning = None if style is None or forced else ReasoningParser(reasoning_style(style), text)
+        if parser is None and reasoning is None:
+            return None
+        return TextParser(reasoning, None if parser is None else parser(), forced or "")
+
+    salt = context.cache_salt(body.cache_salt)
+    generation = Generation(services, context, [prompt], params, body.priority or 0, salt)
+    return PreparedChat(model, prompt, generation, text_parser)
+
+
+def _params(services: Services, body: ChatRequest, parser: type[ToolParser] | None) -> SamplingParams:
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise refuse("max_tokens", body.max_tokens, "is the old name of max_completion_tokens; give one")
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if asked is None:  # the model's max_new_tokens, where its generation_config has one; else as many as fit
+        configured = services.llm.builder.default_params().max_tokens
+        asked = None if configured == SamplingParams().max_tokens else configured
+    own: dict[str, Any] = {"max_tokens": asked}
+    if body.top_logprobs is not None and not body.logprobs:
+        raise refuse("top_logprobs", body.top_logprobs, "needs logprobs=true")
+    if body.logprobs:
+        own["logprobs"] = body.top_logprobs or 0
+    if parser is not None and parser.special_tokens:
+        own["skip_special_tokens"] = False
+    return sampling_params(services, body, **own)

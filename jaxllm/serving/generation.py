@@ -1,0 +1,183 @@
+"""One API request's way through the engine: several prompts and samples as one stream of deltas."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+
+from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.frontend.outputs import CompletionOutput
+from jaxllm.serving.context import Context
+from jaxllm.serving.services import Services
+
+FIRST_WAIT = 0.05  # seconds that the answer's status waits for the engine's refusal
+
+
+@dataclasses.dataclass
+class Usage:
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def json(self) -> dict:
+        """OpenAI's `usage`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Generation:
+    """The samples of some prompts. Choice `prompt * n + sample` is that sample of that prompt.
+
+    Use: `await start()`, then iterate, then `await close()` in any case: what has not ended is aborted.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        context: Context,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+    ):
+        self._services, self._context, self._params = services, context, params
+        self._prompts, self._priority, self._salt = prompts, priority, cache_salt
+        self._metrics = services.metrics
+        self.num_choices = len(prompts) * params.n
+        self.usage = Usage(sum(map(len, prompts)))
+        self._last = [0.0] * self.num_choices  # when each choice last brought something
+        self._first = [0.0] * self.num_choices
+        self._counts = [0] * self.num_choices
+        self._ended = [False] * self.num_choices
+        self._streams: list[AsyncIterator[CompletionOutput]] = []
+        self._heads: list[asyncio.Task] = []
+        self._pumps: list[asyncio.Task] = []
+        self._ticket = services.admission.enter(self.num_choices, self.usage.prompt_tokens)
+
+    async def start(self) -> None:
+        """Submits everything; raises what the engine refuses at once. Any error ends all of it."""
+        try:
+            for position, prompt in enumerate(self._prompts):
+                stream = self._services.llm.generate(
+                    {"prompt_token_ids": prompt},
+                    self._params,
+                    request_id=f"{self._context.number}.{position}",
+                    priority=self._priority,
+                    cache_salt=self._salt,
+                )
+                self._streams.append(stream)
+                self._heads.append(asyncio.ensure_future(anext(stream)))
+            await asyncio.sleep(0)  # the heads have been checked then, and submitted
+            await asyncio.wait(self._heads, timeout=FIRST_WAIT, return_when=asyncio.FIRST_COMPLETED)
+            for head in self._heads:
+                if head.done():
+                    head.result()
+        except BaseException:
+            self._ended = [True] * self.num_choices  # refused: there was no sample that could end
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Ends what has not ended."""
+        for task in (*self._heads, *self._pumps):
+            task.cancel()
+        await asyncio.gather(*self._heads, *self._pumps, return_exceptions=True)
+        for stream in self._streams:
+            with contextlib.suppress(Exception):
+                await stream.aclose()  # type: ignore[attr-defined]
+        if self._streams:
+            self._streams = []
+            for index, ended in enumerate(self._ended):
+                if not ended:
+                    self._end(index, "abort", time.perf_counter())
+            self._context.log |= {
+                "prompt_tokens": self.usage.prompt_tokens,
+                "output_tokens": self.usage.completion_tokens,
+                "cached_tokens": self.usage.cached_tokens,
+            }
+        self._ticket.leave()
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
+        return self._one() if len(self._streams) == 1 else self._several()
+
+    async def _one(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
+        stream = self._streams[0]
+        delta = await self._heads[0]
+        self._begun(0)
+        self._measure(delta.index, delta)
+        yield delta.index, delta
+        async for delta in stream:
+            self._measure(delta.index, delta)
+            yield delta.index, delta
+
+    async def _several(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
+        queue: asyncio.Queue[tuple[int, CompletionOutput | BaseException | None]] = asyncio.Queue(64)
+        self._pumps = [asyncio.create_task(self._pump(position, queue)) for position in range(len(self._streams))]
+        left = len(self._pumps)
+        while left:
+            position, news = await queue.get()
+            if news is None:
+                left -= 1
+            elif isinstance(news, BaseException):
+                raise news
+            else:
+                index = position * self._params.n + news.index
+                self._measure(index, news)
+                yield index, news
+
+    async def _pump(self, position: int, queue: asyncio.Queue) -> None:
+        """One prompt's deltas into the queue; a reader that is slow makes it wait, and the engine merges them."""
+        try:
+            head = await self._heads[position]
+            self._begun(position)
+            await queue.put((position, head))
+            async for delta in self._streams[position]:
+                await queue.put((position, delta))
+            await queue.put((position, None))
+        except Exception as error:
+            await queue.put((position, error))
+
+    def _begun(self, position: int) -> None:
+        """A prompt's first output is there."""
+        output = self._services.llm.live_output(f"{self._context.number}.{position}")
+        if output is not None:
+            self.usage.cached_tokens += output.num_cached_tokens
+        self._ticket.started()
+
+    def _measure(self, index: int, delta: CompletionOutput) -> None:
+        now = time.perf_counter()
+        count = len(delta.token_ids)
+        if count:
+            self.usage.completion_tokens += count
+            self._counts[index] += count
+            self._metrics.generated += count
+            if self._first[index]:
+                self._metrics.itl.observe(now - self._last[index])
+            else:
+                self._first[index] = now
+                self._metrics.ttft.observe(now - self._context.begin)
+                self._context.log.setdefault("ttft_s", round(now - self._context.begin, 6))
+            self._last[index] = now
+        if delta.finish_reason is not None:
+            self._end(index, delta.finish_reason, now)
+
+    def _end(self, index: int, reason: str, now: float) -> None:
+        metrics, count = self._metrics, self._counts[index]
+        self._ended[index] = True
+        metrics.finished(reason)
+        metrics.e2e.observe(now - self._context.begin)
+        metrics.output_length.observe(count)
+        if count > 1:
+            metrics.tpot.observe((self._last[index] - self._first[index]) / (count - 1))
+        if index % self._params.n == 0:
+            length = len(self._prompts[index // self._params.n])
+            metrics.prompt_tokens.inc(length)
+            metrics.prompt_length.observe(length)
+        self._context.log.setdefault("finish_reasons", []).append(reason)

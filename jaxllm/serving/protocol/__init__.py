@@ -1,0 +1,1 @@
+"""What clients may send, field by field; the names are OpenAI's and vLLM's."""

@@ -1,0 +1,71 @@
+"""Tools that the model may call, and the calls that it made."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from jaxllm.serving.protocol.common import NO_GRAMMAR, Refusal, Strict, Text
+
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.\-]+$")]
+
+
+class Function(Strict):
+    """A function that the model may call; `parameters` is its JSON schema."""
+
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    REFUSED: ClassVar = {
+        "strict": Refusal(NO_GRAMMAR, False),
+    }
+
+
+class Tool(Strict):
+    """A tool of a chat."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionCall(Strict):
+    """What the model called; `arguments` is JSON text."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """A call in an assistant's message."""
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+def _choice(value: Any) -> str | None:
+    """ "none", "auto", "required", or a function's name as "function:NAME"."""
+    if value is None or value in ("none", "auto", "required"):
+        return value
+    if isinstance(value, dict) and value.get("type") == "function" and set(value) <= {"type", "function", "name"}:
+        named = value.get("function", value)
+        if isinstance(named, dict) and isinstance(named.get("name"), str) and set(named) <= {"type", "name"}:
+            return f"function:{named['name']}"
+    raise PydanticCustomError("tool_choice", "must be 'none', 'auto', 'required' or a named function")
+
+
+_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+            },
+            "required": ["type", "function"],
+        },
+    ]
+}
+ToolChoice = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE_SCHEMA)]

@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""What the server itself costs: tokens/s over server-sent events from an engine that emits at once.
+
+    python scripts/serving_cost.py --streams 256 --tokens 400
+
+The server runs in a process of its own with `jaxllm.bench.stub_engine`, everything else as in `jaxllm serve`: AsyncLLM,
+detokenizer, metrics, HTTP. The client, here, only counts. Figures: tokens and events a second over the time from the
+first to the last byte of all streams, and the server's processor time for a token.
+"""
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import time
+from multiprocessing.connection import Connection
+from typing import Annotated
+
+import typer
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the five boxing wizards jump quickly. "
+
+
+def server(port: Connection, tokens: int, streams: int, rate: float | None, profile: str | None) -> None:
+    """The server's process: sends its port, then serves until it is told to end, and sends its processor time."""
+    import uvloop
+
+    from jaxllm import AsyncLLM
+    from jaxllm.bench.stub_engine import stub_engine
+    from jaxllm.checkpoint import open_checkpoint
+    from jaxllm.serving.app import make_services
+    from jaxllm.serving.config import ServerConfig
+    from jaxllm.serving.log import set_up_logging
+    from jaxllm.serving.server import bind, run
+
+    tokenizer = open_checkpoint("smollm2", None).tokenizer()
+    set_up_logging("warning", "json")
+
+    async def main() -> None:
+        config = ServerConfig(port=0, served_model_name=["stub"], max_queued_requests=1 << 16)
+        reply = (tokenizer.encode(TEXT) * (tokens // 10 + 1))[:tokens]
+        engine = stub_engine(
+            tokenizer, lambda _: reply, max_num_seqs=streams, steps_per_second=rate, max_model_len=1 << 20
+        )
+        async with AsyncLLM(engine=engine) as llm:
+            engine.client.loop = asyncio.get_running_loop()  # type: ignore[attr-defined]
+            services = make_services(llm, config)
+            with contextlib.closing(bind(config)) as bound:
+                work = asyncio.ensure_future(run(services, bound, "stub"))
+                port.send(bound.getsockname()[1])
+                loop = asyncio.get_running_loop()
+                while (await loop.run_in_executor(None, port.recv)) == "time":
+                    port.send(time.process_time())
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if profile:
+            import cProfile
+
+            with cProfile.Profile() as measured:
+                runner.run(main())
+            measured.dump_stats(profile)
+        else:
+            runner.run(main())
+    os._exit(0)
+
+
+class Reader(asyncio.Protocol):
+    """One stream: counts events as they come."""
+
+    def __init__(self, request: bytes):
+        self._request = request
+        self.events = 0
+        self.begin = self.end = 0.0
+        self.tail = b""
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport) -> None:
+        self._transport = transport
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        self.begin = self.begin or now
+        self.end = now
+        self.events += data.count(b"data: ")
+        self.tail = (self.tail + data)[-600:]
+        if b"[DONE]" in self.tail:
+            self._transport.close()
+            if not self.done.done():
+                self.done.set_result(None)
+
+    def connection_lost(self, error) -> None:
+        if not self.done.done():
+            self.done.set_exception(RuntimeError(f"the server closed the stream: {self.tail!r}"))
+
+
+async def load(port: int, streams: int, tokens: int, api: str) -> list[Reader]:
+    """All streams at once, to their end."""
+    body = {"model": "stub", "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+    body |= {"prompt": "The"} if api == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    path = "/v1/completions" if api == "completions" else "/v1/chat/completions"
+    text = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
+    loop = asyncio.get_running_loop()
+    made = [
+        await loop.create_connection(lambda: Reader(head.encode() + text), "127.0.0.1", port) for _ in range(streams)
+    ]
+    readers = [reader for _, reader in made]
+    await asyncio.gather(*(reader.done for reader in readers))
+    return readers
+
+
+def main(
+    streams: Annotated[int, typer.Option(help="concurrent streams")] = 256,
+    tokens: Annotated[int, typer.Option(help="tokens of each")] = 400,
+    runs: Annotated[int, typer.Option(help="runs; each is printed")] = 3,
+    rate: Annotated[float | None, typer.Option(help="steps/s of the engine; default: as fast as the server")] = None,
+    api: Annotated[str, typer.Option(help="completions or chat")] = "chat",
+    profile: Annotated[str | None, typer.Option(help="write the server's cProfile here")] = None,
+) -> None:
+    """Measures and prints."""
+    import uvloop
+
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=server, args=(theirs, tokens, streams, rate, profile), daemon=True)
+    process.start()
+    port = ours.recv()
+    time.sleep(1)
+    for _ in range(runs):
+        ours.send("time")
+        before = ours.recv()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            readers = runner.run(load(port, streams, tokens, api))
+        ours.send("time")
+        used = ours.recv() - before
+        counted = [int(re.findall(rb'"completion_tokens":(\d+)', reader.tail)[-1]) for reader in readers]
+        seconds = max(reader.end for reader in readers) - min(reader.begin for reader in readers)
+        total, events = sum(counted), sum(reader.events for reader in readers)
+        print(
+            f"{api}, {streams} streams: {total / seconds:,.0f} tokens/s in {events / seconds:,.0f} events/s; "
+            f"{used / total * 1e6:.1f} µs of the server's processor a token"
+        )
+    ours.send("end")
+    process.join(10)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,161 @@
+"""Streams that end early: clients that leave, deadlines, engines that die; and what is let in at all."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx2
+import pytest
+
+from tests.serving.harness import running, scripted
+
+LONG = dict(prompt="the hand", max_tokens=400, ignore_eos=True)
+
+
+def until(condition, seconds: float = 20) -> None:
+    """Waits for it."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def slow(model):
+    """A server whose engine takes 100 steps a second and lets two samples wait beyond two running ones."""
+    engine = scripted(model, ["the " * 200] * 100, steps_per_second=100, max_num_seqs=2)
+    with running(engine, max_queued_requests=2, max_queued_tokens=40, drain_timeout=30) as found:
+        yield found
+
+
+def send(server, body: dict) -> socket.socket:
+    """A request on a connection of its own."""
+    text = json.dumps(body).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(text)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + text)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("body", [LONG, {**LONG, "n": 2}, {**LONG, "prompt": ["the", "hand"]}])
+def test_a_client_that_leaves_is_aborted(server, body, stream):
+    before = server.stats()["scheduled_tokens"]
+    with send(server, {**body, "stream": stream}) as connection:
+        if stream:
+            assert b"data: " in connection.recv(65536) + connection.recv(65536)
+        else:
+            until(lambda: server.stats()["running"])
+    until(lambda: not server.stats()["running"])
+    until(lambda: server.services.admission.samples == 0)
+    assert server.stats()["scheduled_tokens"] - before < 400  # it did not run to its end
+    until(lambda: b'finished_reason="abort"' in server.http.get("/metrics").content)
+
+
+def test_tokens_come_one_by_one(slow):
+    times, sizes = [], []
+    with slow.http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 20, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                sizes.append(len(json.loads(line[6:])["choices"][0]["text"]))
+                times.append(time.monotonic())
+    assert len(times) >= 15 and times[-1] - times[0] > 0.1
+
+
+def test_too_many_get_429_with_retry_after(slow):
+    held = [send(slow, {**LONG, "stream": True}) for _ in range(4)]
+    until(lambda: slow.services.admission.samples == 4)
+    refused = slow.post("/v1/completions", **LONG)
+    assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
+    error = refused.json()["error"]
+    assert error["type"] == "rate_limit_error" and "max_queued_requests=2" in error["message"]
+    for connection in held:
+        connection.close()
+    until(lambda: slow.services.admission.samples == 0)
+    assert slow.post("/v1/completions", **{**LONG, "max_tokens": 3}).status_code == 200
+    # larger than the bound by itself: not refused for ever
+    assert slow.post("/v1/completions", **{**LONG, "max_tokens": 3, "n": 8}).status_code == 200
+
+
+def test_waiting_prompt_tokens_are_bounded(slow):
+    ticket = slow.call(slow.services.admission.enter, 1, 35)
+    refused = slow.post("/v1/completions", prompt=[5] * 10)
+    assert refused.status_code == 429 and "max_queued_tokens=40" in refused.json()["error"]["message"]
+    slow.call(ticket.started)
+    assert slow.post("/v1/completions", prompt=[5] * 10, max_tokens=1).status_code == 200
+    slow.call(ticket.leave)
+    slow.call(ticket.leave)
+    assert slow.services.admission.samples == slow.services.admission.waiting_tokens == 0
+
+
+def test_deadlines(slow):
+    begin = time.monotonic()
+    late = slow.http.post("/v1/completions", json=LONG, headers={"X-Request-Timeout": "0.2"})
+    assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
+    with slow.http.stream(
+        "POST", "/v1/completions", json={**LONG, "stream": True}, headers={"X-Request-Timeout": "0.2"}
+    ) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert json.loads(lines[-2][6:])["error"]["code"] == "timeout" and lines[-1] == "data: [DONE]" and len(lines) > 5
+    assert time.monotonic() - begin < 5
+    until(lambda: not slow.stats()["running"])
+    for value in ("0", "-1", "soon", "nan"):
+        refused = slow.http.post("/v1/completions", json=LONG, headers={"X-Request-Timeout": value})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "X-Request-Timeout"
+
+
+def test_draining_lets_the_running_end(model):
+    engine = scripted(model, ["the " * 100] * 3, steps_per_second=100)
+    with running(engine, drain_timeout=30) as server:
+        answers = []
+
+        def read():
+            answers.append(httpx2.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 60}, timeout=30))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        until(lambda: server.stats()["running"])
+        assert server.http.get("/ready").status_code == 200
+        server.drain()
+        refused = server.post("/v1/completions", **LONG)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        assert "retry-after" in refused.headers
+        assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
+        reader.join(30)
+        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 60
+        until(lambda: server.ended)
+        assert server.status == 0
+
+
+def test_draining_does_not_wait_for_ever(model):
+    engine = scripted(model, ["the " * 100] * 3, steps_per_second=5)
+    with running(engine, drain_timeout=0.2) as server, send(server, {**LONG, "stream": True}):
+        until(lambda: server.stats()["running"])
+        server.drain()
+        until(lambda: server.ended)
+
+
+def test_a_dead_engine_ends_the_server(model):
+    with running(scripted(model, ["the " * 100] * 3, steps_per_second=100)) as server:
+        with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.services.llm._client.close()
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-2][6:])["error"]["code"] == "engine_dead"
+        until(lambda: server.ended)
+        assert server.status == 1
+
+
+def test_health_follows_the_engine(model):
+    engine = scripted(model, [])
+    with running(engine, health_timeout=0.5) as server:
+        assert server.http.get("/health").status_code == 200
+        with engine.client._lock:  # an engine that hangs: it neither answers nor ends
+            until(lambda: server.http.get("/health").status_code == 503)
+            assert server.http.get("/health").json()["error"]["code"] == "engine_stuck"
+            assert server.http.get("/ready").status_code == 503
+        until(lambda: server.http.get("/health").status_code == 200)
