@@ -1,0 +1,38 @@
+"""What the TPU kernels share."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LOWEST = -1e30  # stands for minus infinity; LOWEST - LOWEST is a number
+LOG2E = 1.4426950408889634
+
+
+def cdiv(a, b):
+    """a / b, rounded up, for scalars that are not negative."""
+    return lax.div(a + (b - 1), b)
+
+
+def dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32[m, n] of a [m, k] and b [n, k]; exact products for float32 operands."""
+    return lax.dot_general(
+        a, b, (((1,), (1,)), ((), ())), precision=_precision(a), preferred_element_type=jnp.float32
+    )
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32[m, n] of a [m, k] and b [k, n]."""
+    return lax.dot_general(
+        a, b, (((1,), (0,)), ((), ())), precision=_precision(a), preferred_element_type=jnp.float32
+    )
+
+
+def _precision(x: jax.Array):
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def to_log2(scores: jax.Array, scale: jax.Array, cap: float | None) -> jax.Array:
+    """Raw products to logits in units of log 2, so that `exp2` is all that softmax needs."""
+    if cap is None:
+        return scores * (scale * LOG2E)
+    return jnp.tanh(scores * (scale * (1.0 / cap))) * (cap * LOG2E)
