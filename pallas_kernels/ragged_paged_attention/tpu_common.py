@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 LOWEST = -1e30  # stands for minus infinity; LOWEST - LOWEST is a number
 LOG2E = 1.4426950408889634
@@ -36,3 +37,8 @@ def to_log2(scores: jax.Array, scale: jax.Array, cap: float | None) -> jax.Array
     if cap is None:
         return scores * (scale * LOG2E)
     return jnp.tanh(scores * (scale * (1.0 / cap))) * (cap * LOG2E)
+
+
+def keep_in_hbm(cache: jax.Array, interpret) -> jax.Array:
+    """Without this, XLA copies a cache that VMEM can hold there before a kernel, and back."""
+    return cache if interpret else pltpu.with_memory_space_constraint(cache, pltpu.HBM)

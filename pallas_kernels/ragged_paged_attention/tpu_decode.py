@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, to_log2
+from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, keep_in_hbm, to_log2
 from .tpu_sizes import DecodeSizes
 from .types import AttentionMetadata
 
@@ -262,8 +262,8 @@ def decode(
     else:
         in_specs.append(pl.BlockSpec((None, q_heads, 128), lambda part, step, *_: (part, 0, 0)))
         operands.append(jnp.broadcast_to(sinks.astype(jnp.float32).reshape(parts, q_heads, 1), (parts, q_heads, 128)))
-    in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
-    operands.append(cache)
+    in_specs.append(pl.BlockSpec(memory_space=pltpu.HBM))
+    operands.append(keep_in_hbm(cache, interpret))
     scalars = (count[None], metadata.kv_lens[:num_rows], scale)
     tile = 32 // cache.dtype.itemsize
     out, cache = pl.pallas_call(
@@ -272,7 +272,7 @@ def decode(
             num_scalar_prefetch=len(scalars),
             grid=(parts, jnp.maximum(cdiv(count, sizes.rows), 1)),
             in_specs=in_specs,
-            out_specs=[rows_spec(q_heads, lanes), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[rows_spec(q_heads, lanes), pl.BlockSpec(memory_space=pltpu.HBM)],
             scratch_shapes=[
                 pltpu.VMEM((sizes.buffers, heads, sizes.keys, cache_lanes), cache.dtype),
                 pltpu.VMEM((WRITES, heads, tile, cache_lanes), cache.dtype),
@@ -284,7 +284,7 @@ def decode(
         ),
         out_shape=[
             jax.ShapeDtypeStruct((parts, steps * sizes.rows, q_heads, lanes), q.dtype),
-            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+            pltpu.HBM(cache.shape, cache.dtype),
         ],
         input_output_aliases={len(scalars) + len(operands) - 1: 1},
         compiler_params=pltpu.CompilerParams(

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, to_log2
+from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, keep_in_hbm, to_log2
 from .tpu_plan import segments
 from .tpu_sizes import LANES, PrefillSizes
 from .types import AttentionMetadata
@@ -246,8 +246,8 @@ def prefill(
     else:
         in_specs.append(pl.BlockSpec((q_heads, 1, LANES), lambda part, *_: (part, 0, 0)))
         operands.append(jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (num_heads, 1, LANES)))
-    in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
-    operands.append(cache)
+    in_specs.append(pl.BlockSpec(memory_space=pltpu.HBM))
+    operands.append(keep_in_hbm(cache, interpret))
     scalars = (*plan, metadata.query_starts, metadata.kv_lens, scale)
     out = pl.pallas_call(
         body,

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .tpu_common import keep_in_hbm
 from .tpu_plan import writes
 from .types import AttentionMetadata
 
@@ -69,11 +70,11 @@ def write(
             in_specs=[source(0), source(1), pl.BlockSpec((None, heads, size, lanes), old_run)],
             out_specs=pl.BlockSpec((None, heads, size, lanes), run),
         ),
-        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+        out_shape=pltpu.HBM(cache.shape, cache.dtype),
         input_output_aliases={len(scalars) + 2: 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
         ),
         interpret=interpret,
         name="ragged_paged_write",
-    )(*scalars, new, new, cache)
+    )(*scalars, new, new, keep_in_hbm(cache, interpret))
