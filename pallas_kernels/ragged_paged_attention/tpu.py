@@ -78,9 +78,9 @@ def ragged_paged_attention(
       ValueError: dtypes that differ or are not supported, page tables too wide for SMEM, or what `cache_shape` refuses.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_pages, num_kv_heads, page_size, cache_lanes = cache.shape
-    spec = CacheSpec(num_pages, page_size, num_kv_heads, head_dim, cache.dtype)
-    if num_kv_heads != k.shape[1] or cache.shape != cache_shape(spec).shape:
+    num_kv_heads, page_size, cache_lanes = k.shape[1], cache.shape[2], cache.shape[-1]
+    spec = CacheSpec(cache.shape[0], page_size, num_kv_heads, head_dim, cache.dtype)
+    if cache.shape != cache_shape(spec).shape:
         raise ValueError(f"cache {cache.shape} is not {cache_shape(spec).shape}, as `cache_shape` says")
     if q.dtype not in [jnp.dtype(dtype) for dtype in DTYPES]:
         raise ValueError(f"queries of {q.dtype.name} are not supported on TPU; only bfloat16 and float32 are")
@@ -103,24 +103,21 @@ def ragged_paged_attention(
     v = v if v_scale is None else v / v_scale
     new = jnp.concatenate([_pad_lanes(k, wide), _pad_lanes(v, wide)], axis=2).astype(cache.dtype)
     q = _pad_lanes(q, lanes)
-    options = {
-        "window": window,
-        "cap": cap,
-        "sinks": sinks,
-        "vmem_limit_bytes": device.vmem_limit_bytes,
-        "interpret": interpret,
-    }
+    options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret}
+    decode_sizes = decode_sizes or tpu_sizes.decode_sizes(device, problem)
+    prefill_sizes = prefill_sizes or tpu_sizes.prefill_sizes(device, problem)
+    decode_limit = tpu_sizes.vmem_limit(device, tpu_sizes.decode_vmem(problem, decode_sizes))
+    prefill_limit = tpu_sizes.vmem_limit(device, tpu_sizes.prefill_vmem(problem, prefill_sizes))
 
-    decode = decode_sizes or tpu_sizes.decode_sizes(device, problem)
     num_rows = min(num_tokens, metadata.kv_lens.shape[0])  # decode rows stand first: row r's query is token r
-    decodes_only = num_tokens == 1
+    decodes_only = metadata.decodes_only or num_tokens == 1
     if not decodes_only:
         cache = tpu_write.write(
             cache,
             new.transpose(1, 0, 2),
             metadata,
-            parts=decode.parts,
-            vmem_limit_bytes=device.vmem_limit_bytes,
+            parts=decode_sizes.parts,
+            vmem_limit_bytes=tpu_sizes.vmem_limit(device, 0),
             interpret=interpret,
         )
     out, cache = tpu_decode.decode(
@@ -129,16 +126,22 @@ def ragged_paged_attention(
         cache,
         metadata,
         factor.reshape(1),
-        sizes=decode,
+        sizes=decode_sizes,
+        vmem_limit_bytes=decode_limit,
         **options,
     )
     token = jnp.arange(num_tokens)[:, None, None]
     if decodes_only:
         out = jnp.where(token < metadata.num_decodes, out, 0)
     else:
-        prefill = prefill_sizes or tpu_sizes.prefill_sizes(device, problem)
         longer = tpu_prefill.prefill(
-            q.transpose(1, 0, 2), cache, metadata, factor.reshape(1), sizes=prefill, **options
+            q.transpose(1, 0, 2),
+            cache,
+            metadata,
+            factor.reshape(1),
+            sizes=prefill_sizes,
+            vmem_limit_bytes=prefill_limit,
+            **options,
         ).transpose(1, 0, 2)
         longer = jnp.where(token < metadata.query_starts[metadata.num_rows], longer, 0)
         out = jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0)))

@@ -168,6 +168,11 @@ def decode_vmem(problem: Problem, sizes: DecodeSizes) -> int:
     return sizes.buffers * block + block + scores + rows
 
 
+def vmem_limit(chip: Chip, needed: int) -> int:
+    """What a kernel that keeps about `needed` bytes may take. What it leaves, XLA fills with weights meanwhile."""
+    return min(chip.vmem_limit_bytes, max(16_000_000, needed + needed // 4))
+
+
 def prefill_sizes(chip: Chip, problem: Problem) -> PrefillSizes:
     """Whole tiles of tokens; as many heads at once as VMEM holds, since their pages come in one copy."""
     tile = max(16, problem.tile)
