@@ -114,6 +114,11 @@ def chips() -> dict[str, Chip]:
     return {name: Chip(**{**row, "device_kinds": tuple(row["device_kinds"])}) for name, row in table.items()}
 
 
+def supports(device_kind: str) -> bool:
+    """Whether the kernels run on chips of this `jax.Device.device_kind`."""
+    return any(device_kind in chip.device_kinds for chip in chips().values())
+
+
 def chip_of(name: str | None) -> Chip:
     """The named chip; with None that of the abstract mesh which the trace runs under, and v4, whose sizes fit every
     chip, where there is no mesh.
