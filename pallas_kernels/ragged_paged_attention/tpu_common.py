@@ -1,9 +1,13 @@
 """What the TPU kernels share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
+
+from .tpu_sizes import LANES
 
 LOWEST = -1e30  # stands for minus infinity; LOWEST - LOWEST is a number
 LOG2E = 1.4426950408889634
@@ -42,3 +46,17 @@ def to_log2(scores: jax.Array, scale: jax.Array, cap: float | None) -> jax.Array
 def keep_in_hbm(cache: jax.Array, interpret) -> jax.Array:
     """Without this, XLA copies a cache that VMEM can hold there before a kernel, and back."""
     return cache if interpret else pltpu.with_memory_space_constraint(cache, pltpu.HBM)
+
+
+def widen(x: jax.Array, width: int) -> jax.Array:
+    """[rows, LANES] of which all lanes are equal to [rows, width], without moving anything between lanes."""
+    return x[:, :width] if width <= LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def fold(x: jax.Array) -> jax.Array:
+    """[rows, width] to [rows, LANES] that have the same sum."""
+    if x.shape[1] < LANES:  # the first lane takes all
+        first = lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1) == 0
+        return jnp.where(first, jnp.sum(x, axis=1, keepdims=True), 0.0)
+    parts = [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)]
+    return functools.reduce(jnp.add, parts)

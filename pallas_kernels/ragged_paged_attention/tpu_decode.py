@@ -4,9 +4,10 @@ A grid step takes a few rows; within it, and on into the next, blocks of a row's
 buffers, one copy a page, all heads in it. The ring knows nothing of rows: while one row is computed, the pages of rows
 further on are on their way.
 
-All heads are taken at once: the block's keys [heads * keys, lanes] meet the row's queries [query heads, lanes] in one
-product, and scores of a query with another head's keys are masked. Decode waits for memory, so that the wasted products
-cost nothing, whereas a product a head would leave most of each register empty where groups are small.
+Heads are taken in bundles whose query heads fill registers (8 of them): a bundle's keys [heads * keys, lanes] meet its
+queries [query heads, lanes] in one product, and scores of a query with another head's keys are masked. A product a head
+would leave most of each register empty where groups are small. Bundles do not depend on each other, so that one's products
+run beside another's exponentials.
 
 The new token's key and value are put into the row's last block where it lies in VMEM; the tile that holds them goes back
 to the cache from a buffer of its own, while other rows are computed.
@@ -24,8 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, keep_in_hbm, to_log2
-from .tpu_sizes import DecodeSizes
+from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
+from .tpu_sizes import LANES, DecodeSizes, bundle_heads
 from .types import AttentionMetadata
 
 WRITES = 4  # tiles on their way back to the cache
@@ -60,6 +61,8 @@ def _body(
     page_size = cache.shape[2]
     _, heads, keys, _ = buffers.shape
     q_heads, lanes = q.shape[1:]
+    bundle_rows, bundle_columns = head_bias.shape
+    bundle, bundles = bundle_columns // keys, heads * keys // bundle_columns
     tile = tiles.shape[2]
     pages_per_block = keys // page_size
     my_heads = pl.ds(part * heads, heads)
@@ -149,10 +152,8 @@ def _body(
     @pl.loop(0, step_rows)
     def _(local):
         row = step * sizes.rows + local
-        queries = q[local]
 
-        def one_block(block, carry):
-            highest, total, acc = carry
+        def one_block(block, states):
             fetch_next()
             buffer = state[BUFFER]
 
@@ -166,33 +167,43 @@ def _body(
             def _():
                 put_new(row, local, buffer, kv_lens[row] - 1 - first_key)
 
-            def flat(lanes_of_part):
-                part = buffers[buffer, :, :, lanes_of_part]
-                return part.reshape(heads * keys, lanes).astype(queries.dtype)
+            def attend(index, highest, total, acc):
+                def flat(lanes_of_part):
+                    part = buffers[buffer, pl.ds(index * bundle, bundle), :, lanes_of_part]
+                    return part.reshape(bundle_columns, lanes).astype(q.dtype)
 
-            scores = to_log2(dot_transposed(queries, flat(slice(0, lanes))), scale[0], cap) + head_bias[...]
-            at = lax.broadcasted_iota(jnp.int32, scores.shape, 1) & (keys - 1)
-            visible = at < kv_lens[row] - first_key
-            if window is not None:
-                visible &= at >= kv_lens[row] - window - first_key
-            scores = jnp.where(visible, scores, LOWEST)
-            new_highest = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
-            weights = jnp.exp2(scores - new_highest)  # zero where masked: each block has a visible key
-            rescale = jnp.exp2(highest - new_highest)
-            total = total * rescale + jnp.sum(weights, axis=1, keepdims=True)
-            acc = acc * rescale + dot(weights.astype(queries.dtype), flat(slice(buffers.shape[3] - lanes, None)))
+                queries = q[local, pl.ds(index * bundle_rows, bundle_rows), :]
+                scores = to_log2(dot_transposed(queries, flat(slice(0, lanes))), scale[0], cap)
+                at = lax.broadcasted_iota(jnp.int32, scores.shape, 1) & (keys - 1)
+                visible = at < kv_lens[row] - first_key
+                if window is not None:
+                    visible &= at >= kv_lens[row] - window - first_key
+                scores = jnp.where(visible, scores + head_bias[...] if bundle > 1 else scores, LOWEST)
+                new_highest = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
+                # Zero where masked: each block has a visible key.
+                weights = jnp.exp2(scores - widen(new_highest, bundle_columns))
+                rescale = jnp.exp2(highest - new_highest)
+                total = total * rescale + fold(weights)
+                values = flat(slice(buffers.shape[3] - lanes, None))
+                acc = acc * widen(rescale, lanes) + dot(weights.astype(q.dtype), values)
+                return new_highest, total, acc
+
+            states = tuple(attend(index, *softmax) for index, softmax in enumerate(states))
             state[BUFFER] = following(buffer)
-            return new_highest, total, acc
+            return states
 
         start = (
-            jnp.full((q_heads, 1), LOWEST, jnp.float32),
-            jnp.zeros((q_heads, 1), jnp.float32),
-            jnp.zeros((q_heads, lanes), jnp.float32),
+            jnp.full((bundle_rows, LANES), LOWEST, jnp.float32),
+            jnp.zeros((bundle_rows, LANES), jnp.float32),
+            jnp.zeros((bundle_rows, lanes), jnp.float32),
         )
-        highest, total, acc = lax.fori_loop(0, cdiv(num_pages(row), pages_per_block), one_block, start)
-        if sinks is not None:
-            total = total + jnp.exp2(sinks[:, :1] * LOG2E - highest)
-        out[local] = (acc / total).astype(out.dtype)
+        states = lax.fori_loop(0, cdiv(num_pages(row), pages_per_block), one_block, (start,) * bundles)
+        for index, (highest, total, acc) in enumerate(states):
+            mine = pl.ds(index * bundle_rows, bundle_rows)
+            total = jnp.sum(total, axis=1, keepdims=True)
+            if sinks is not None:
+                total = total + jnp.exp2((sinks[mine, :] * LOG2E - highest)[:, :1])
+            out[local, mine, :] = (acc / total).astype(out.dtype)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -233,6 +244,8 @@ def decode(
     _, num_kv_heads, page_size, cache_lanes = cache.shape
     parts = sizes.parts
     heads, q_heads = num_kv_heads // parts, num_heads // parts
+    group = num_heads // num_kv_heads
+    bundle = bundle_heads(heads, group)
     steps = -(-num_rows // sizes.rows)
     pad = steps * sizes.rows - num_rows
 
@@ -260,8 +273,8 @@ def decode(
     if sinks is None:
         body = functools.partial(_without_sinks, body)
     else:
-        in_specs.append(pl.BlockSpec((None, q_heads, 128), lambda part, step, *_: (part, 0, 0)))
-        operands.append(jnp.broadcast_to(sinks.astype(jnp.float32).reshape(parts, q_heads, 1), (parts, q_heads, 128)))
+        in_specs.append(pl.BlockSpec((None, q_heads, LANES), lambda part, step, *_: (part, 0, 0)))
+        operands.append(jnp.broadcast_to(sinks.astype(jnp.float32).reshape(parts, q_heads, 1), (parts, q_heads, LANES)))
     in_specs.append(pl.BlockSpec(memory_space=pltpu.HBM))
     operands.append(keep_in_hbm(cache, interpret))
     scalars = (count[None], metadata.kv_lens[:num_rows], scale)
@@ -276,7 +289,7 @@ def decode(
             scratch_shapes=[
                 pltpu.VMEM((sizes.buffers, heads, sizes.keys, cache_lanes), cache.dtype),
                 pltpu.VMEM((WRITES, heads, tile, cache_lanes), cache.dtype),
-                pltpu.VMEM((q_heads, heads * sizes.keys), jnp.float32),
+                pltpu.VMEM((bundle * group, bundle * sizes.keys), jnp.float32),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.SemaphoreType.DMA((sizes.buffers,)),
                 pltpu.SemaphoreType.DMA((WRITES,)),
@@ -288,7 +301,7 @@ def decode(
         ],
         input_output_aliases={len(scalars) + len(operands) - 1: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
         ),
         interpret=interpret,
         name="ragged_paged_decode",

@@ -20,10 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, keep_in_hbm, to_log2
+from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
 from .tpu_plan import segments
 from .tpu_sizes import LANES, PrefillSizes
 from .types import AttentionMetadata
+
+NOTHING = -(2**30)  # a last key that stands for none
 
 
 def _body(
@@ -122,15 +124,10 @@ def _body(
             buffers[buffer, :, place, :] = jnp.zeros((heads, tile, cache_lanes), buffers.dtype)
 
     def attend(buffer, first_key, masked: bool):
-        if masked:
-            shape = (group * tokens, keys)
-            token = lax.broadcasted_iota(jnp.int32, shape, 0) & (tokens - 1)
-            key = lax.broadcasted_iota(jnp.int32, shape, 1) + (first_key - origin)
-            visible = (token >= low) & (token < high) & (key <= token)
-            if window is not None:
-                visible &= key > token - window
-            token = lax.broadcasted_iota(jnp.int32, (group * tokens, lanes), 0) & (tokens - 1)
+        if masked:  # the last key of the block that each query sees, in all lanes
+            token = lax.broadcasted_iota(jnp.int32, (group * tokens, LANES), 0) & (tokens - 1)
             is_own = (token >= low) & (token < high)
+            last_seen = jnp.where(is_own, token + (origin - first_key), NOTHING)
 
         @pl.loop(0, heads)
         def _(head):
@@ -139,18 +136,23 @@ def _body(
             values = buffers[buffer, head, :, cache_lanes - lanes :].astype(queries.dtype)
             scores = to_log2(dot_transposed(queries, head_keys), scale[0], cap)
             if masked:
+                key = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+                limit = widen(last_seen, keys)
+                visible = key <= limit
+                if window is not None:
+                    visible &= key > limit - window
                 scores = jnp.where(visible, scores, LOWEST)
             old = highest[head]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-            weights = jnp.exp2(scores - new[:, :1])
-            if masked:
-                weights = jnp.where(visible, weights, 0.0)
+            # Where a query has seen no key yet, masked keys weigh 1. The first that it sees scales that down to nothing.
+            weights = jnp.exp2(scores - widen(new, keys))
             rescale = jnp.exp2(old - new)
-            total[head] = total[head] * rescale + jnp.sum(weights, axis=1, keepdims=True)
+            total[head] = total[head] * rescale + fold(weights)
             highest[head] = new
-            weighted = acc[head] * rescale[:, :1] + dot(weights.astype(queries.dtype), values)
+            before = acc[head]
+            after = before * widen(rescale, lanes) + dot(weights.astype(queries.dtype), values)
             # Values that are not numbers must not reach another row's queries: zero times NaN is NaN.
-            acc[head] = jnp.where(is_own, weighted, acc[head]) if masked else weighted
+            acc[head] = jnp.where(widen(last_seen, lanes) > NOTHING, after, before) if masked else after
 
     @pl.loop(0, num_blocks)
     def _(block):
@@ -186,13 +188,13 @@ def _body(
     def _():
         @pl.loop(0, heads)
         def _(head):
-            weight = total[head]
+            weight = jnp.sum(total[head], axis=1, keepdims=True)
             if sinks is not None:
                 sink = sinks[pl.ds(head * group, group)] * LOG2E  # [group, 1, LANES]
                 sink = jnp.broadcast_to(sink, (group, tokens, LANES)).reshape(group * tokens, LANES)
-                weight = weight + jnp.exp2(sink - highest[head])
+                weight = weight + jnp.exp2(sink[:, :1] - highest[head][:, :1])
             weight = jnp.where(weight == 0.0, 1.0, weight)
-            result = (acc[head] / weight[:, :1]).astype(out.dtype)
+            result = (acc[head] / weight).astype(out.dtype)
             out[pl.ds(head * group, group)] = result.reshape(group, tokens, lanes)
 
 

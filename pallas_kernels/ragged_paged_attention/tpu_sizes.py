@@ -1,9 +1,9 @@
 """Block sizes of the TPU kernels: one row of tpu_tuned.json a chip, cut down to a problem's shape and to VMEM.
 
 The rows are reasoned, not timed:
-  decode: a block of keys and values is about a megabyte, so that a copy takes longer than its latency, and the ring
-    holds enough of them to cover that latency where rows are short. 2048 (head, key) pairs of 512 bytes are also few
-    enough that the two products, 32 query heads by 2048, take less time than the copy.
+  decode: a block of keys and values is about a megabyte, so that its copy takes longer than what is computed on it and
+    than a copy's latency, and the ring holds enough of them to cover that latency where rows are short. tpu7x, with
+    3.7 TB/s a core, needs two megabytes for the first.
   prefill: a key-value head's tile of group * tokens query rows does about that many operations a byte read. 512 is
     beyond 240 (v5e), 187 (v5p) and 223 (v4), the chips' operations a byte of HBM; 1024 is beyond 561 (v6e) and 312
     (tpu7x), whose MXU is also 256 wide.
@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 
 LANES = 128
+SUBLANES = 8
 TABLE_BYTES = 512 * 1024  # of the 1 MiB of SMEM, for page tables
 MOST_KEYS = 512  # a block of keys; more would only waste the tail of a row
 
@@ -163,12 +164,18 @@ def decode_sizes(chip: Chip, problem: Problem) -> DecodeSizes:
     return sizes
 
 
+def bundle_heads(heads: int, group: int) -> int:
+    """Key-value heads that decode takes together: the fewest whose query heads fill registers of 8, or all."""
+    return next((n for n in range(1, heads + 1) if heads % n == 0 and n * group % SUBLANES == 0), heads)
+
+
 def decode_vmem(problem: Problem, sizes: DecodeSizes) -> int:
-    """Bytes that the decode kernel keeps, its float32 scores (three at a time) included."""
+    """Bytes that the decode kernel keeps, its float32 scores (some at a time) included."""
     heads = problem.num_kv_heads // sizes.parts
     q_heads = -(-heads * problem.group // 8) * 8
     block = heads * sizes.keys * problem.cache_lanes * problem.cache_bytes
-    scores = 4 * q_heads * heads * sizes.keys * 4
+    bundle = bundle_heads(heads, problem.group)
+    scores = 4 * q_heads * bundle * sizes.keys * 4
     rows = sizes.rows * 2 * (2 * q_heads * problem.key_lanes * problem.q_bytes + heads * problem.cache_lanes * 4)
     return sizes.buffers * block + block + scores + rows
 
