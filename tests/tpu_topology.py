@@ -63,8 +63,10 @@ def kernel_vmem(hlo: str) -> dict[str, int]:
     taken = {}
     for line in hlo.splitlines():
         if match := re.match(r"\s*(?:ROOT )?%(\w+?)(?:\.\d+)?(?:\.\w+)* = .* custom-call\(", line):
-            if used := re.search(r'"used_scoped_memory_configs":\[\{[^]]*?"size":"(\d+)"', line):
-                taken[match[1]] = int(used[1])
+            scoped = re.search(r'"scoped_memory_configs":\[\{[^]]*?"offset":"(\d+)"', line)
+            used = re.search(r'"used_scoped_memory_configs":\[\{[^]]*?"size":"(\d+)"', line)  # from address 0 on
+            if scoped and used:
+                taken[match[1]] = int(used[1]) - int(scoped[1])
     return taken
 
 
