@@ -46,7 +46,7 @@ class EngineConfig:
     max_waiting_tokens: int | None = _option(None, "refuse requests beyond so many waiting prompt tokens")
     data_parallel_size: int = _option(1, "ranks that each hold the weights, a cache and a batch of their own")
     seed: int = _option(0, "seeds the requests that bring none")
-    attention_backend: Literal["reference", "xla", "gpu"] | None = _option(None, "None: the best for the device")
+    attention_backend: Literal["reference", "xla", "gpu", "tpu"] | None = _option(None, "None: the best for the device")
     engine_process: bool = _option(False, "run the engine core in a process of its own")
     compilation_cache_dir: str | None = _option(
         None, "where compiled steps are kept; None: $JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxllm/xla"
@@ -86,8 +86,8 @@ class EngineConfig:
         need(self.load_format in ("auto", "dummy"), "load_format", "must be 'auto' or 'dummy'")
         need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "must be 'auto', 'float32' or 'bfloat16'")
         need(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "must be 'fcfs' or 'priority'")
-        backends = "must be None, 'reference', 'xla' or 'gpu'"
-        need(self.attention_backend in (None, "reference", "xla", "gpu"), "attention_backend", backends)
+        backends = "must be None, 'reference', 'xla', 'gpu' or 'tpu'"
+        need(self.attention_backend in (None, "reference", "xla", "gpu", "tpu"), "attention_backend", backends)
         for field in ("token_rungs", "decode_rungs"):
             rungs = getattr(self, field)
             if rungs is not None:

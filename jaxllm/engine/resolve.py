@@ -14,7 +14,7 @@ from jaxllm.core.kv_cache import CacheGroup
 from jaxllm.core.scheduler import SchedulerConfig
 from jaxllm.errors import ConfigError, OutOfMemoryError
 from jaxllm.models.decoder import CausalLM, LayerCache
-from pallas_kernels.ragged_paged_attention import CacheSpec, cache_shape
+from pallas_kernels.ragged_paged_attention import CacheSpec, cache_shape, tpu_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +63,23 @@ def resolve_dtype(config: EngineConfig) -> jnp.dtype:
 
 
 def resolve_backend(config: EngineConfig) -> str:
-    """What was asked for, else the Hopper kernel where it runs, else plain XLA, said in the log.
+    """What was asked for, else the TPU's or the Hopper kernel where it runs, else plain XLA, said in the log.
 
     Raises:
-      ConfigError: the GPU's kernel was asked for and there is no GPU.
+      ConfigError: an accelerator's kernel was asked for and there is no such accelerator.
     """
-    if config.attention_backend == "gpu" and jax.default_backend() != "gpu":
-        raise ConfigError(f"attention_backend='gpu': needs a GPU; JAX runs on {jax.default_backend()!r} here")
+    if config.attention_backend in ("gpu", "tpu") and jax.default_backend() != config.attention_backend:
+        name = config.attention_backend
+        raise ConfigError(
+            f"attention_backend={name!r}: needs a {name.upper()}; JAX runs on {jax.default_backend()!r} here"
+        )
     if config.attention_backend is not None:
         return config.attention_backend
     device = jax.devices()[0]
+    if device.platform == "tpu":
+        if tpu_sizes.supports(device.device_kind):
+            return "tpu"
+        logger.warning("%s: attention runs through plain XLA, the kernel has no sizes for it", device.device_kind)
     if device.platform != "gpu":
         return "xla"
     capability = str(getattr(device, "compute_capability", "0.0"))

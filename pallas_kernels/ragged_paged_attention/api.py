@@ -7,7 +7,7 @@ import jax
 
 from .types import AttentionMetadata, CacheSpec
 
-BACKENDS = ("reference", "xla", "gpu")
+BACKENDS = ("reference", "xla", "gpu", "tpu")
 
 
 def _module(backend: str) -> ModuleType:

@@ -220,7 +220,7 @@ def test_too_many_waiting(checkpoint):
         ({"dtype": "float8"}, "dtype='float8'"),
         ({"load_format": "pt"}, "load_format='pt'"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo'"),
-        ({"attention_backend": "cuda"}, "attention_backend='cuda': must be None, 'reference', 'xla' or 'gpu'"),
+        ({"attention_backend": "cuda"}, "attention_backend='cuda': must be None, 'reference', 'xla', 'gpu' or 'tpu'"),
         ({"data_parallel_size": 0}, "data_parallel_size=0"),
         ({"data_parallel_size": True}, "data_parallel_size=True"),
         ({"gpu_memory_utilization": 2}, "memory_utilization=2: must be"),
@@ -241,11 +241,12 @@ def test_options(checkpoint, options, message):
         tiny.llm(checkpoint("llama"), **options)
 
 
-def test_the_gpus_kernel_needs_a_gpu(checkpoint):
-    if jax.default_backend() == "gpu":
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_an_accelerators_kernel_needs_the_accelerator(checkpoint, name):
+    if jax.default_backend() == name:
         pytest.skip("this machine has one")
-    with pytest.raises(ConfigError, match="attention_backend='gpu': needs a GPU"):
-        tiny.llm(checkpoint("llama"), attention_backend="gpu")
+    with pytest.raises(ConfigError, match=f"attention_backend='{name}': needs a {name.upper()}"):
+        tiny.llm(checkpoint("llama"), attention_backend=name)
 
 
 def test_vllms_names_of_options(tmp_path):

@@ -1,0 +1,284 @@
+"""Rows of several query tokens on TPU, after their keys and values are written.
+
+Query tokens are cut into aligned blocks, each head's [group * tokens, lanes] one tall operand. A grid step is a segment:
+one row's part of one block (`tpu_plan.segments`). Segments of a block follow each other and share its softmax state;
+what is not the segment's own is masked. Keys and values come in blocks of pages through two buffers, the next block
+while one is computed, on into the next segment.
+
+Blocks of keys that all queries of a full block see whole skip the masks.
+
+Bytes: a row's keys and values are read once for each of its blocks of queries. With 2048 tokens of 32 query heads, 8
+key-value heads of 128 lanes (blocks of 128 tokens: v5e) that is 16 times half the row, 67 MB instead of 8; the products
+take 34 GFLOP. The chip's operations a byte set the block's size, so that the products take longer (see `tpu_sizes`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
+from .tpu_plan import segments
+from .tpu_sizes import LANES, PrefillSizes
+from .types import AttentionMetadata
+
+NOTHING = -(2**30)  # a last key that stands for none
+
+
+def _body(
+    rows,
+    blocks,
+    count,
+    query_starts,
+    kv_lens,
+    scale,
+    table,
+    next_table,
+    q,
+    sinks,
+    cache,
+    out,
+    buffers,
+    highest,
+    total,
+    acc,
+    state,
+    sems,
+    *,
+    sizes: PrefillSizes,
+    window: int | None,
+    cap: float | None,
+):
+    part, segment = pl.program_id(0), pl.program_id(1)
+    page_size = cache.shape[2]
+    _, heads, keys, cache_lanes = buffers.shape
+    group, lanes = q.shape[0] // heads, q.shape[2]
+    tokens = sizes.tokens
+    tile = 32 // buffers.dtype.itemsize
+    pages_per_block = keys // page_size
+    last_segment = pl.num_programs(1) - 1
+
+    def reach(index):
+        """Of a segment: tokens in the block [low, high), position of token 0 of the block (maybe before the row's
+        first), the first page it sees, and keys before its end."""
+        row, base = rows[index], blocks[index] * tokens
+        end = query_starts[row + 1]
+        low = jnp.maximum(query_starts[row] - base, 0)
+        high = jnp.minimum(end - base, tokens)
+        origin = kv_lens[row] - (end - base)
+        first = 0 if window is None else lax.div(jnp.maximum(origin + low - window + 1, 0), page_size)
+        return low, high, origin, first, origin + high
+
+    def num_pages(index):
+        _, _, _, first, end = reach(index)
+        return jnp.where(index < count[0], cdiv(end, page_size) - first, 0)
+
+    def fetch(page, buffer, index):
+        place = pl.ds(pl.multiple_of(index * page_size, page_size), page_size)
+        return pltpu.make_async_copy(
+            cache.at[page, pl.ds(part * heads, heads)], buffers.at[buffer, :, place, :], sems.at[buffer]
+        )
+
+    def pages_in(index, block):
+        return jnp.clip(num_pages(index) - block * pages_per_block, 0, pages_per_block)
+
+    def fetch_all(index, block, buffer, table):
+        first = reach(index)[3] + block * pages_per_block
+
+        @pl.loop(0, pages_in(index, block))
+        def _(at):
+            fetch(table[0, first + at], buffer, at).start()
+
+    low, high, origin, first, end = reach(segment)
+    num_blocks = cdiv(num_pages(segment), pages_per_block)
+    before = jnp.maximum(segment - 1, 0)
+    after = jnp.minimum(segment + 1, last_segment)
+
+    @pl.when(segment == 0)
+    def _():
+        state[0] = 0
+        fetch_all(0, 0, 0, table)
+
+    @pl.when((segment == 0) | (blocks[before] != blocks[segment]))
+    def _():
+        highest[...] = jnp.full_like(highest, LOWEST)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    def clear_from(buffer, at):
+        """Zeros in the buffer from key `at` on: what stands there belongs to others."""
+        base = pl.multiple_of(lax.div(at, tile) * tile, tile)
+
+        @pl.when(base < at)
+        def _():
+            old = buffers[buffer, :, pl.ds(base, tile), :].astype(jnp.float32)
+            index = lax.broadcasted_iota(jnp.int32, old.shape, 1)
+            buffers[buffer, :, pl.ds(base, tile), :] = jnp.where(index < at - base, old, 0.0).astype(buffers.dtype)
+
+        @pl.loop(cdiv(at, tile), keys // tile)
+        def _(index):
+            place = pl.ds(pl.multiple_of(index * tile, tile), tile)
+            buffers[buffer, :, place, :] = jnp.zeros((heads, tile, cache_lanes), buffers.dtype)
+
+    def attend(buffer, first_key, masked: bool):
+        if masked:  # the last key of the block that each query sees, in all lanes
+            token = lax.broadcasted_iota(jnp.int32, (group * tokens, LANES), 0) & (tokens - 1)
+            is_own = (token >= low) & (token < high)
+            last_seen = jnp.where(is_own, token + (origin - first_key), NOTHING)
+
+        @pl.loop(0, heads)
+        def _(head):
+            queries = q[pl.ds(head * group, group)].reshape(group * tokens, lanes)
+            head_keys = buffers[buffer, head, :, :lanes].astype(queries.dtype)
+            values = buffers[buffer, head, :, cache_lanes - lanes :].astype(queries.dtype)
+            scores = to_log2(dot_transposed(queries, head_keys), scale[0], cap)
+            if masked:
+                key = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+                limit = widen(last_seen, keys)
+                visible = key <= limit
+                if window is not None:
+                    visible &= key > limit - window
+                scores = jnp.where(visible, scores, LOWEST)
+            old = highest[head]
+            new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+            # Where a query has seen no key yet, masked keys weigh 1. The first that it sees scales that down to nothing.
+            weights = jnp.exp2(scores - widen(new, keys))
+            rescale = jnp.exp2(old - new)
+            total[head] = total[head] * rescale + fold(weights)
+            highest[head] = new
+            before = acc[head]
+            after = before * widen(rescale, lanes) + dot(weights.astype(queries.dtype), values)
+            # Values that are not numbers must not reach another row's queries: zero times NaN is NaN.
+            acc[head] = jnp.where(widen(last_seen, lanes) > NOTHING, after, before) if masked else after
+
+    @pl.loop(0, num_blocks)
+    def _(block):
+        buffer = state[0]
+        is_last = block == num_blocks - 1
+
+        @pl.when(is_last & (segment < last_segment))
+        def _():
+            fetch_all(after, 0, 1 - buffer, next_table)
+
+        @pl.when(jnp.logical_not(is_last))
+        def _():
+            fetch_all(segment, block + 1, 1 - buffer, table)
+
+        @pl.loop(0, pages_in(segment, block))
+        def _(at):
+            fetch(0, buffer, at).wait()
+
+        first_key = (first + block * pages_per_block) * page_size
+
+        @pl.when(first_key + keys > end)
+        def _():
+            clear_from(buffer, end - first_key)
+
+        all_seen = (low == 0) & (high == tokens) & (first_key + keys <= origin + 1)
+        if window is not None:
+            all_seen &= first_key >= origin + tokens - window
+        pl.when(all_seen)(lambda: attend(buffer, first_key, masked=False))
+        pl.when(jnp.logical_not(all_seen))(lambda: attend(buffer, first_key, masked=True))
+        state[0] = 1 - buffer
+
+    @pl.when((segment == last_segment) | (blocks[after] != blocks[segment]))
+    def _():
+        @pl.loop(0, heads)
+        def _(head):
+            weight = jnp.sum(total[head], axis=1, keepdims=True)
+            if sinks is not None:
+                sink = sinks[pl.ds(head * group, group)] * LOG2E  # [group, 1, LANES]
+                sink = jnp.broadcast_to(sink, (group, tokens, LANES)).reshape(group * tokens, LANES)
+                weight = weight + jnp.exp2(sink[:, :1] - highest[head][:, :1])
+            weight = jnp.where(weight == 0.0, 1.0, weight)
+            result = (acc[head] / weight).astype(out.dtype)
+            out[pl.ds(head * group, group)] = result.reshape(group, tokens, lanes)
+
+
+def prefill(
+    q: jax.Array,
+    cache: jax.Array,
+    metadata: AttentionMetadata,
+    scale: jax.Array,
+    *,
+    sizes: PrefillSizes,
+    window: int | None,
+    cap: float | None,
+    sinks: jax.Array | None,
+    vmem_limit_bytes: int,
+    interpret,
+) -> jax.Array:
+    """Serves the rows from num_decodes on.
+
+    Args:
+      q: [num_heads, T, lanes].
+      cache: [num_pages, num_kv_heads, page_size, cache lanes], this step's keys and values in it.
+      scale: float32[1].
+      sinks: float32[num_heads] or None.
+
+    Returns:
+      out [num_heads, T, lanes]; tokens of other rows and padding hold anything.
+    """
+    num_heads, num_tokens, lanes = q.shape
+    _, num_kv_heads, page_size, cache_lanes = cache.shape
+    heads, q_heads = num_kv_heads // sizes.parts, num_heads // sizes.parts
+    group, tokens = num_heads // num_kv_heads, sizes.tokens
+    q = jnp.pad(q, ((0, 0), (0, -num_tokens % tokens), (0, 0)))
+    plan = segments(metadata, tokens)
+    last = plan.rows.shape[0] - 1
+    tables = metadata.page_tables[:, None, :]
+
+    def block_spec():
+        return pl.BlockSpec(
+            (q_heads, tokens, lanes), lambda part, segment, rows, blocks, *_: (part, blocks[segment], 0)
+        )
+
+    def table_spec(offset):
+        return pl.BlockSpec(
+            (None, *tables.shape[1:]),
+            lambda part, segment, rows, *_: (rows[jnp.minimum(segment + offset, last)], 0, 0),
+            memory_space=pltpu.SMEM,
+        )
+
+    in_specs, operands = [table_spec(0), table_spec(1), block_spec()], [tables, tables, q]
+    body = functools.partial(_body, sizes=sizes, window=window, cap=cap)
+    if sinks is None:
+        body = functools.partial(_without_sinks, body)
+    else:
+        in_specs.append(pl.BlockSpec((q_heads, 1, LANES), lambda part, *_: (part, 0, 0)))
+        operands.append(jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (num_heads, 1, LANES)))
+    in_specs.append(pl.BlockSpec(memory_space=pltpu.HBM))
+    operands.append(keep_in_hbm(cache, interpret))
+    scalars = (*plan, metadata.query_starts, metadata.kv_lens, scale)
+    out = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(sizes.parts, jnp.maximum(plan.count[0], 1)),
+            in_specs=in_specs,
+            out_specs=block_spec(),
+            scratch_shapes=[
+                pltpu.VMEM((2, heads, sizes.keys, cache_lanes), cache.dtype),
+                pltpu.VMEM((heads, group * tokens, LANES), jnp.float32),
+                pltpu.VMEM((heads, group * tokens, LANES), jnp.float32),
+                pltpu.VMEM((heads, group * tokens, lanes), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
+        ),
+        interpret=interpret,
+        name="ragged_paged_prefill",
+    )(*scalars, *operands)
+    return out[:, :num_tokens]
+
+
+def _without_sinks(body, *refs):
+    """`body` takes its sinks as the tenth argument."""
+    return body(*refs[:9], None, *refs[9:])

@@ -1,0 +1,217 @@
+"""Block sizes of the TPU kernels: one row of tpu_tuned.json a chip, cut down to a problem's shape and to VMEM.
+
+The rows are reasoned, not timed:
+  decode: a block of keys and values is about a megabyte, so that its copy takes longer than what is computed on it and
+    than a copy's latency, and the ring holds enough of them to cover that latency where rows are short. tpu7x, with
+    3.7 TB/s a core, needs two megabytes for the first.
+  prefill: a key-value head's tile of group * tokens query rows does about that many operations a byte read. 512 is
+    beyond 240 (v5e), 187 (v5p) and 223 (v4), the chips' operations a byte of HBM; 1024 is beyond 561 (v6e) and 312
+    (tpu7x), whose MXU is also 256 wide.
+  cores: v4 and v5p show two TensorCores as one device. They split the key-value heads, the first axis of each grid.
+  vmem_limit_bytes: of 16 MiB a core (v4), 128 (v5e, v6e) and 64 (v5p, tpu7x); the rest is left to XLA.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+LANES = 128
+SUBLANES = 8
+TABLE_BYTES = 512 * 1024  # of the 1 MiB of SMEM, for page tables
+MOST_KEYS = 512  # a block of keys; more would only waste the tail of a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the kernels are sized for.
+
+    Attributes:
+      device_kinds: `jax.Device.device_kind` of such chips.
+      cores: TensorCores that one device shows as one.
+      vmem_limit_bytes: what a kernel may take on each.
+      decode_block_bytes: keys and values of one block in decode, over all its heads.
+      decode_buffers: such blocks in VMEM at once.
+      prefill_rows: query rows (tokens times heads of a group) that meet a block of keys together.
+      prefill_keys: keys in such a block.
+    """
+
+    device_kinds: tuple[str, ...]
+    cores: int
+    vmem_limit_bytes: int
+    decode_block_bytes: int
+    decode_buffers: int
+    prefill_rows: int
+    prefill_keys: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSizes:
+    """Rows a grid step, keys a block, blocks in VMEM, and the parts that the key-value heads are split into."""
+
+    rows: int
+    keys: int
+    buffers: int
+    parts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillSizes:
+    """Tokens and keys a block, and the parts that the key-value heads are split into."""
+
+    tokens: int
+    keys: int
+    parts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What sizes depend on.
+
+    Attributes:
+      num_tokens, num_kv_heads, group, page_size, table_width: T, K, query heads a key-value head, tokens a page, P.
+      key_lanes: lanes of a query and of a key, 128 or 256.
+      cache_lanes: lanes of a key with its value, 128, 256 or 512.
+      q_bytes, cache_bytes: of one element.
+    """
+
+    num_tokens: int
+    num_kv_heads: int
+    group: int
+    page_size: int
+    table_width: int
+    key_lanes: int
+    cache_lanes: int
+    q_bytes: int
+    cache_bytes: int
+
+    @property
+    def tile(self) -> int:
+        """Sublanes of a tile of the cache: the least that a copy can move."""
+        return 32 // self.cache_bytes
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a page table holds, rounded up to a power of two."""
+        return ceil_pow2(self.table_width * self.page_size)
+
+
+def ceil_pow2(n: int) -> int:
+    """The least power of two that is at least n; 1 for n < 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def floor_pow2(n: int) -> int:
+    """The greatest power of two that is at most n; 1 for n < 1."""
+    return 1 << (max(n, 1).bit_length() - 1)
+
+
+@functools.cache
+def chips() -> dict[str, Chip]:
+    """tpu_tuned.json."""
+    table = json.loads((Path(__file__).parent / "tpu_tuned.json").read_text())
+    return {name: Chip(**{**row, "device_kinds": tuple(row["device_kinds"])}) for name, row in table.items()}
+
+
+def supports(device_kind: str) -> bool:
+    """Whether the kernels run on chips of this `jax.Device.device_kind`."""
+    return any(device_kind in chip.device_kinds for chip in chips().values())
+
+
+def chip_of(name: str | None) -> Chip:
+    """The named chip; with None that of the abstract mesh which the trace runs under, and v4, whose sizes fit every
+    chip, where there is no mesh.
+
+    Raises:
+      ValueError: a chip that is not in tpu_tuned.json.
+    """
+    if name is not None:
+        if name not in chips():
+            raise ValueError(f"chip {name!r} is unknown; the chips are {', '.join(chips())}")
+        return chips()[name]
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = getattr(device, "device_kind", "")
+    if not kind.startswith("TPU"):
+        return chips()["v4"]
+    for chip in chips().values():
+        if kind in chip.device_kinds:
+            return chip
+    known = ", ".join(kind for chip in chips().values() for kind in chip.device_kinds)
+    raise ValueError(f"device kind {kind!r} has no sizes in tpu_tuned.json; there are {known}")
+
+
+def decode_sizes(chip: Chip, problem: Problem) -> DecodeSizes:
+    """Raises ValueError for page tables that SMEM cannot hold."""
+    parts = chip.cores if problem.num_kv_heads % chip.cores == 0 else 1
+    heads = problem.num_kv_heads // parts
+    keys = floor_pow2(chip.decode_block_bytes // (heads * problem.cache_lanes * problem.cache_bytes))
+    keys = max(min(keys, MOST_KEYS, problem.capacity), problem.page_size)
+    # The tables of this grid step's rows and of the next one's, twice each for Pallas' own pipeline.
+    rows = min(8, floor_pow2(TABLE_BYTES // (4 * 4 * problem.table_width)))
+    if problem.table_width > TABLE_BYTES // 16:
+        raise ValueError(
+            f"page tables of {problem.table_width} pages a row are not supported on TPU; the most is "
+            f"{TABLE_BYTES // 16}: choose larger pages or a smaller max_model_len"
+        )
+    buffers = min(chip.decode_buffers, rows + 1)
+    sizes = DecodeSizes(rows, keys, buffers, parts)
+    while decode_vmem(problem, sizes) > chip.vmem_limit_bytes and sizes.buffers > 2:
+        sizes = dataclasses.replace(sizes, buffers=sizes.buffers - 1)
+    while decode_vmem(problem, sizes) > chip.vmem_limit_bytes and sizes.keys > problem.page_size:
+        sizes = dataclasses.replace(sizes, keys=sizes.keys // 2)
+    return sizes
+
+
+def bundle_heads(heads: int, group: int) -> int:
+    """Key-value heads that decode takes together: the fewest whose query heads fill registers of 8, or all."""
+    return next((n for n in range(1, heads + 1) if heads % n == 0 and n * group % SUBLANES == 0), heads)
+
+
+def decode_vmem(problem: Problem, sizes: DecodeSizes) -> int:
+    """Bytes that the decode kernel keeps, its float32 scores (some at a time) included."""
+    heads = problem.num_kv_heads // sizes.parts
+    q_heads = -(-heads * problem.group // 8) * 8
+    block = heads * sizes.keys * problem.cache_lanes * problem.cache_bytes
+    bundle = bundle_heads(heads, problem.group)
+    scores = 4 * q_heads * bundle * sizes.keys * 4
+    rows = sizes.rows * 2 * (2 * q_heads * problem.key_lanes * problem.q_bytes + heads * problem.cache_lanes * 4)
+    return sizes.buffers * block + block + scores + rows
+
+
+def vmem_limit(chip: Chip, needed: int) -> int:
+    """What a kernel that keeps about `needed` bytes may take. What it leaves, XLA fills with weights meanwhile."""
+    return min(chip.vmem_limit_bytes, max(16_000_000, needed + needed // 4))
+
+
+def prefill_sizes(chip: Chip, problem: Problem) -> PrefillSizes:
+    """Whole tiles of tokens; as many heads at once as VMEM holds, since their pages come in one copy."""
+    tile = max(16, problem.tile)
+    tokens = max(tile, min(floor_pow2(chip.prefill_rows // problem.group), ceil_pow2(problem.num_tokens)))
+    keys = max(min(chip.prefill_keys, problem.capacity), problem.page_size)
+    parts = [part for part in range(1, problem.num_kv_heads + 1) if problem.num_kv_heads % part == 0]
+    if problem.num_kv_heads % chip.cores == 0:
+        parts = [part for part in parts if part % chip.cores == 0]
+    while True:
+        for part in parts:
+            sizes = PrefillSizes(tokens, keys, part)
+            if prefill_vmem(problem, sizes) <= chip.vmem_limit_bytes:
+                return sizes
+        if tokens * problem.group > keys and tokens > tile:
+            tokens //= 2
+        elif keys > max(problem.page_size, LANES):
+            keys //= 2
+        elif tokens > tile:
+            tokens //= 2
+        else:
+            return sizes
+
+
+def prefill_vmem(problem: Problem, sizes: PrefillSizes) -> int:
+    """Bytes that the prefill kernel keeps, one head's float32 scores (three at a time) included."""
+    heads, rows = problem.num_kv_heads // sizes.parts, problem.group * sizes.tokens
+    blocks = 2 * heads * sizes.keys * problem.cache_lanes * problem.cache_bytes
+    q_and_out = 2 * 2 * heads * rows * problem.key_lanes * problem.q_bytes
+    state = heads * rows * (2 * LANES + problem.key_lanes) * 4
+    return blocks + q_and_out + state + 4 * rows * sizes.keys * 4
