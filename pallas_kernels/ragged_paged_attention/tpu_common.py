@@ -20,16 +20,12 @@ def cdiv(a, b):
 
 def dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
     """float32[m, n] of a [m, k] and b [n, k]; exact products for float32 operands."""
-    return lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), precision=_precision(a), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=_precision(a), preferred_element_type=jnp.float32)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """float32[m, n] of a [m, k] and b [k, n]."""
-    return lax.dot_general(
-        a, b, (((1,), (0,)), ((), ())), precision=_precision(a), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=_precision(a), preferred_element_type=jnp.float32)
 
 
 def _precision(x: jax.Array):
