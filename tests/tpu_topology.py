@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -35,12 +36,17 @@ def compiling_for(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> I
     devices = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
     before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
     try:
+        _use_compilation_cache(False)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             yield mesh
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        _use_compilation_cache(before)
+
+
+def _use_compilation_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # what was decided at first use
 
 
 _HARMLESS = {"parameter", "tuple", "get-tuple-element", "bitcast", "custom-call"}

@@ -4,8 +4,8 @@ Three kernels: `tpu_write` puts the new keys and values of longer rows into thei
 the leading rows of one query token, their writes included; `tpu_prefill` serves all other rows. The first and the last
 are left out of steps that are known to hold decodes alone.
 
-A page holds, for each key-value head, page_size rows of one key and one value side by side: a head's keys and values are
-whole tiles that a product takes as they are, and a page is one contiguous copy. Heads of 64 fill the 128 lanes
+A page holds, for each key-value head, page_size rows of one key and one value side by side: a head's keys and values
+are whole tiles that a product takes as they are, and a page is one contiguous copy. Heads of 64 fill the 128 lanes
 together; their queries are padded with zeros where the values stand, and the sum of values comes out in the upper half.
 """
 
@@ -66,8 +66,8 @@ def ragged_paged_attention(
     prefill_sizes: tpu_sizes.PrefillSizes | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.ragged_paged_attention`. Two differences: products are in q's dtype with float32 sums, and padding tokens
-    are not written to the dummy page.
+    """See `api.ragged_paged_attention`. Two differences: products are in q's dtype with float32 sums, and padding
+    tokens are not written to the dummy page.
 
     Args:
       chip: a name in tpu_tuned.json; None takes the abstract mesh's chip.

@@ -6,11 +6,11 @@ further on are on their way.
 
 Heads are taken in bundles whose query heads fill registers (8 of them): a bundle's keys [heads * keys, lanes] meet its
 queries [query heads, lanes] in one product, and scores of a query with another head's keys are masked. A product a head
-would leave most of each register empty where groups are small. Bundles do not depend on each other, so that one's products
-run beside another's exponentials.
+would leave most of each register empty where groups are small. Bundles do not depend on each other, so that one's
+products run beside another's exponentials.
 
-The new token's key and value are put into the row's last block where it lies in VMEM; the tile that holds them goes back
-to the cache from a buffer of its own, while other rows are computed.
+The new token's key and value are put into the row's last block where it lies in VMEM; the tile that holds them goes
+back to the cache from a buffer of its own, while other rows are computed.
 
 Bytes: every page of a row is read once, the whole last page included; a tile (16 tokens in bfloat16) is written a row.
 The minimum is kv_len - 1 tokens read and one written. With 1000 tokens, 64 a page, that is 1.02 times the minimum read,
@@ -94,11 +94,11 @@ def _body(
         row, block, buffer = state[NEXT_ROW], state[NEXT_BLOCK], state[NEXT_BUFFER]
 
         @pl.when(row < count)
-        def _():
+        def _row_is_left():
             first = first_page(row) + block * pages_per_block
 
             @pl.loop(0, pages_in(row, block))
-            def _(index):
+            def _start(index):
                 fetch(page_of(row, first + index), buffer, index).start()
 
             is_last = (block + 1) * pages_per_block >= num_pages(row)
@@ -116,7 +116,7 @@ def _body(
         slot = lax.rem(row, WRITES)
 
         @pl.when(row >= WRITES)
-        def _():
+        def _wait_for_tile():
             write_back(row).wait()
 
         base = pl.multiple_of(lax.div(at, tile) * tile, tile)
@@ -131,12 +131,12 @@ def _body(
         buffers[buffer, :, pl.ds(base, tile), :] = seen.astype(buffers.dtype)
 
         @pl.loop(lax.div(base, tile) + 1, keys // tile)
-        def _(index):
+        def _clear(index):
             place = pl.ds(pl.multiple_of(index * tile, tile), tile)
             buffers[buffer, :, place, :] = jnp.zeros((heads, tile, buffers.shape[3]), buffers.dtype)
 
     @pl.when(step == 0)
-    def _():
+    def _first():
         for index in range(4):
             state[index] = 0
         row = lax.broadcasted_iota(jnp.int32, head_bias.shape, 0)
@@ -148,7 +148,7 @@ def _body(
             fetch_next()
 
     @pl.loop(0, step_rows)
-    def _(local):
+    def _row(local):
         row = step * sizes.rows + local
 
         def one_block(block, states):
@@ -156,13 +156,13 @@ def _body(
             buffer = state[BUFFER]
 
             @pl.loop(0, pages_in(row, block))
-            def _(index):
+            def _wait(index):
                 fetch(0, buffer, index).wait()
 
             first_key = (first_page(row) + block * pages_per_block) * page_size
 
             @pl.when((block + 1) * pages_per_block >= num_pages(row))
-            def _():
+            def _last_block():
                 put_new(row, local, buffer, kv_lens[row] - 1 - first_key)
 
             def attend(index, highest, total, acc):
@@ -204,11 +204,11 @@ def _body(
             out[local, mine, :] = (acc / total).astype(out.dtype)
 
     @pl.when(step == pl.num_programs(1) - 1)
-    def _():
+    def _drain():
         for slot in range(WRITES):
 
             @pl.when(slot < count)
-            def _():
+            def _wait_for_tile():
                 write_back(slot).wait()
 
 

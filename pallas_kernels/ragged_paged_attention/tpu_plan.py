@@ -1,5 +1,5 @@
-"""How a step's rows are cut for the TPU kernels. Plain XLA on small int32 arrays; layers that share a page table compute
-the same plan from the same metadata, so XLA keeps one copy."""
+"""How a step's rows are cut for the TPU kernels. Plain XLA on small int32 arrays; layers that share a page table
+compute the same plan from the same metadata, so XLA keeps one copy."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from .types import AttentionMetadata
 class Segments(NamedTuple):
     """Where the rows of several tokens meet aligned blocks of query tokens, in order.
 
-    rows, blocks: int32[N] each, N a bound from shapes alone; count: int32[1], how many are real.
+    rows, blocks: int32[N] each, N a bound from shapes alone; total: int32[1], how many are real.
     """
 
     rows: jax.Array
     blocks: jax.Array
-    count: jax.Array
+    total: jax.Array
 
 
 class Writes(NamedTuple):
@@ -30,7 +30,7 @@ class Writes(NamedTuple):
       sources: int32[N], the block of `size` tokens that holds the token at the run's first position; may be -1.
       shifts: int32[N], where in that block it stands.
       firsts, lasts: int32[N], the half-open range of the run's positions that is new.
-      count: int32[1], how many are real.
+      total: int32[1], how many are real.
     """
 
     pages: jax.Array
@@ -41,7 +41,7 @@ class Writes(NamedTuple):
     shifts: jax.Array
     firsts: jax.Array
     lasts: jax.Array
-    count: jax.Array
+    total: jax.Array
 
 
 def _enumerate(counts: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:

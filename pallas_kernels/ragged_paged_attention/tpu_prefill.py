@@ -1,14 +1,14 @@
 """Rows of several query tokens on TPU, after their keys and values are written.
 
-Query tokens are cut into aligned blocks, each head's [group * tokens, lanes] one tall operand. A grid step is a segment:
-one row's part of one block (`tpu_plan.segments`). Segments of a block follow each other and share its softmax state;
-what is not the segment's own is masked. Keys and values come in blocks of pages through two buffers, the next block
-while one is computed, on into the next segment.
+Query tokens are cut into aligned blocks, each head's [group * tokens, lanes] one tall operand. A grid step is a
+segment: one row's part of one block (`tpu_plan.segments`). Segments of a block follow each other and share its softmax
+state; what is not the segment's own is masked. Keys and values come in blocks of pages through two buffers, the next
+block while one is computed, on into the next segment.
 
 Blocks of keys that all queries of a full block see whole skip the masks.
 
 Bytes: a row's keys and values are read once for each of its blocks of queries. With 2048 tokens of 32 query heads, 8
-key-value heads of 128 lanes (blocks of 128 tokens: v5e) that is 16 times half the row, 67 MB instead of 8; the products
+key-value heads of 128 lanes (blocks of 128 tokens: v5e) that is 16 times half the row, 71 MB instead of 8; the products
 take 34 GFLOP. The chip's operations a byte set the block's size, so that the products take longer (see `tpu_sizes`).
 """
 
@@ -89,7 +89,7 @@ def _body(
         first = reach(index)[3] + block * pages_per_block
 
         @pl.loop(0, pages_in(index, block))
-        def _(at):
+        def _start(at):
             fetch(table[0, first + at], buffer, at).start()
 
     low, high, origin, first, end = reach(segment)
@@ -98,12 +98,12 @@ def _body(
     after = jnp.minimum(segment + 1, last_segment)
 
     @pl.when(segment == 0)
-    def _():
+    def _first():
         state[0] = 0
         fetch_all(0, 0, 0, table)
 
     @pl.when((segment == 0) | (blocks[before] != blocks[segment]))
-    def _():
+    def _reset():
         highest[...] = jnp.full_like(highest, LOWEST)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
@@ -113,13 +113,13 @@ def _body(
         base = pl.multiple_of(lax.div(at, tile) * tile, tile)
 
         @pl.when(base < at)
-        def _():
+        def _partly():
             old = buffers[buffer, :, pl.ds(base, tile), :].astype(jnp.float32)
             index = lax.broadcasted_iota(jnp.int32, old.shape, 1)
             buffers[buffer, :, pl.ds(base, tile), :] = jnp.where(index < at - base, old, 0.0).astype(buffers.dtype)
 
         @pl.loop(cdiv(at, tile), keys // tile)
-        def _(index):
+        def _wholly(index):
             place = pl.ds(pl.multiple_of(index * tile, tile), tile)
             buffers[buffer, :, place, :] = jnp.zeros((heads, tile, cache_lanes), buffers.dtype)
 
@@ -130,7 +130,7 @@ def _body(
             last_seen = jnp.where(is_own, token + (origin - first_key), NOTHING)
 
         @pl.loop(0, heads)
-        def _(head):
+        def _head(head):
             queries = q[pl.ds(head * group, group)].reshape(group * tokens, lanes)
             head_keys = buffers[buffer, head, :, :lanes].astype(queries.dtype)
             values = buffers[buffer, head, :, cache_lanes - lanes :].astype(queries.dtype)
@@ -144,7 +144,7 @@ def _body(
                 scores = jnp.where(visible, scores, LOWEST)
             old = highest[head]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-            # Where a query has seen no key yet, masked keys weigh 1. The first that it sees scales that down to nothing.
+            # Where a query has seen no key yet, masked keys weigh 1; the first that it sees scales that to nothing.
             weights = jnp.exp2(scores - widen(new, keys))
             rescale = jnp.exp2(old - new)
             total[head] = total[head] * rescale + fold(weights)
@@ -155,26 +155,26 @@ def _body(
             acc[head] = jnp.where(widen(last_seen, lanes) > NOTHING, after, before) if masked else after
 
     @pl.loop(0, num_blocks)
-    def _(block):
+    def _block(block):
         buffer = state[0]
         is_last = block == num_blocks - 1
 
         @pl.when(is_last & (segment < last_segment))
-        def _():
+        def _fetch_of_next_segment():
             fetch_all(after, 0, 1 - buffer, next_table)
 
         @pl.when(jnp.logical_not(is_last))
-        def _():
+        def _fetch_of_this_segment():
             fetch_all(segment, block + 1, 1 - buffer, table)
 
         @pl.loop(0, pages_in(segment, block))
-        def _(at):
+        def _wait(at):
             fetch(0, buffer, at).wait()
 
         first_key = (first + block * pages_per_block) * page_size
 
         @pl.when(first_key + keys > end)
-        def _():
+        def _clear():
             clear_from(buffer, end - first_key)
 
         all_seen = (low == 0) & (high == tokens) & (first_key + keys <= origin + 1)
@@ -185,9 +185,9 @@ def _body(
         state[0] = 1 - buffer
 
     @pl.when((segment == last_segment) | (blocks[after] != blocks[segment]))
-    def _():
+    def _finish():
         @pl.loop(0, heads)
-        def _(head):
+        def _head(head):
             weight = jnp.sum(total[head], axis=1, keepdims=True)
             if sinks is not None:
                 sink = sinks[pl.ds(head * group, group)] * LOG2E  # [group, 1, LANES]
@@ -257,7 +257,7 @@ def prefill(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(sizes.parts, jnp.maximum(plan.count[0], 1)),
+            grid=(sizes.parts, jnp.maximum(plan.total[0], 1)),
             in_specs=in_specs,
             out_specs=block_spec(),
             scratch_shapes=[

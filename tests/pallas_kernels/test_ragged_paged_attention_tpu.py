@@ -168,9 +168,9 @@ def test_the_chip_is_the_abstract_meshs():
     for kind, name in (("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x"), ("TPU v5", "v5p")):
         with use_abstract_mesh(mesh_of(kind)):
             assert tpu_sizes.chip_of(None) is tpu_sizes.chips()[name]
-    with use_abstract_mesh(mesh_of("TPU v3")), pytest.raises(ValueError, match="TPU v3.*TPU v4"):
+    with use_abstract_mesh(mesh_of("TPU v3")), pytest.raises(ValueError, match=r"TPU v3.*TPU v4"):
         tpu_sizes.chip_of(None)
-    with pytest.raises(ValueError, match="v9.*v4, v5e"):
+    with pytest.raises(ValueError, match=r"v9.*v4, v5e"):
         tpu_sizes.chip_of("v9")
 
 
@@ -184,7 +184,7 @@ def test_refuses_what_it_lacks():
     with pytest.raises(ValueError, match="40000 pages"):
         tpu_sizes.decode_sizes(tpu_sizes.chips()["v6e"], problem(table_width=40000))
     q, _, _, k, v, cache, metadata, options = Case(((1, 5),)).build()
-    with pytest.raises(ValueError, match="page_size 2|cache_shape"):
+    with pytest.raises(ValueError, match=r"page_size 2|cache_shape"):
         tpu.ragged_paged_attention(q, k, v, jnp.asarray(cache), metadata, **options)
     with pytest.raises(ValueError, match="float16"):
         tpu.ragged_paged_attention(
@@ -206,14 +206,14 @@ def test_plans_cover_every_new_token_once(seed):
     tokens = {token for row in longer for token in range(starts[row], starts[row + 1])}
 
     plan = tpu_plan.segments(metadata, 16)
-    pairs = list(zip(*(np.asarray(x)[: int(plan.count[0])] for x in (plan.rows, plan.blocks)), strict=True))
+    pairs = list(zip(*(np.asarray(x)[: int(plan.total[0])] for x in (plan.rows, plan.blocks)), strict=True))
     assert (
         pairs == sorted(set(pairs)) == sorted({(r, t // 16) for r in longer for t in range(starts[r], starts[r + 1])})
     )
 
     runs = tpu_plan.writes(metadata, 16, 32)
     written = {}
-    for i in range(int(runs.count[0])):
+    for i in range(int(runs.total[0])):
         pages, parts, old_pages, old_parts, sources, shifts, firsts, lasts = (int(x[i]) for x in runs[:-1])
         if lasts - firsts < 16:
             assert (old_pages, old_parts) == (pages, parts)
