@@ -15,7 +15,7 @@ from jaxllm.errors import ConfigError
 BEGIN = "<!-- Written by `jaxllm bench report`: begin -->"
 END = "<!-- Written by `jaxllm bench report`: end -->"
 DRAWN = ("throughput", "serve")  # parts whose plots the page shows
-_ORDER = ("throughput", "serve", "latency", "busy", "start", "memory", "attention", "ceilings")
+_ORDER = ("throughput", "serve", "latency", "busy", "start", "memory", "parity", "attention", "ceilings")
 
 
 def plot_name(part: Part) -> str:

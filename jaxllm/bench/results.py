@@ -15,6 +15,7 @@ from jaxllm.bench.facts import Facts
 from jaxllm.bench.floor import Ceilings
 from jaxllm.bench.latency import LatencyResult
 from jaxllm.bench.memory import MemoryResult
+from jaxllm.bench.parity import ParityResult
 from jaxllm.bench.serve import RateResult
 from jaxllm.bench.start import StartResult
 from jaxllm.bench.throughput import ThroughputResult
@@ -26,6 +27,7 @@ KINDS: dict[str, type] = {
     "ceilings": Ceilings,
     "attention": AttentionResult,
     "memory": MemoryResult,
+    "parity": ParityResult,
     "throughput": ThroughputResult,
     "busy": BusyResult,
     "serve": RateResult,

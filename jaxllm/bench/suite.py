@@ -20,6 +20,7 @@ from jaxllm.bench.facts import Facts, gather
 from jaxllm.bench.floor import Ceilings
 from jaxllm.bench.memory import measure_memory
 from jaxllm.bench.models import bench_model, model_name
+from jaxllm.bench.parity import measure_parity
 from jaxllm.bench.results import Part, path_of, save
 from jaxllm.bench.serve import ServeWork, serve_rates
 from jaxllm.bench.session import Session, open_session
@@ -27,8 +28,9 @@ from jaxllm.bench.start import StartResult, measure_start
 from jaxllm.bench.throughput import choose_workloads, run_throughput, workload
 from jaxllm.errors import InvalidRequestError
 
-# In the order in which they run. `start` needs the device for other processes; `serve` ends the engine.
-PARTS = ("start", "ceilings", "attention", "memory", "throughput", "busy", "serve")
+# In the order in which they run. `start` needs the device for other processes, `parity` the memory for engines of its
+# own; `serve` ends the engine.
+PARTS = ("start", "parity", "ceilings", "attention", "memory", "throughput", "busy", "serve")
 _OVER_AN_ENGINE = {"memory", "throughput", "busy", "serve"}
 
 
@@ -150,6 +152,9 @@ class _Run:
                 ceilings=self.ceilings,
                 commit=suite.commit,
             )
+            if "parity" in suite.parts:
+                with self.part("parity") as keep:
+                    keep(facts, [measure_parity(suite.model, options)])
             if "ceilings" in suite.parts:
                 with self.part("ceilings") as keep:
                     keep(facts, [self.ceilings])

@@ -12,6 +12,7 @@ from jaxllm.bench.facts import Facts
 from jaxllm.bench.floor import Ceilings
 from jaxllm.bench.latency import LatencyResult
 from jaxllm.bench.memory import MemoryResult
+from jaxllm.bench.parity import ParityResult
 from jaxllm.bench.serve import TIMES, RateResult
 from jaxllm.bench.start import StartResult
 from jaxllm.bench.throughput import ThroughputResult
@@ -34,6 +35,7 @@ def tables_of(part: str, facts: Facts, results: Sequence[Any]) -> list[Table]:
         "ceilings": ceilings,
         "attention": attention,
         "memory": memory,
+        "parity": parity,
         "throughput": throughput,
         "busy": busy,
         "serve": serve,
@@ -247,6 +249,21 @@ def memory(facts: Facts, results: Sequence[MemoryResult]) -> list[Table]:
         "the device allocator's, live arrays JAX's."
     ]
     return [Table("Memory", columns, rows, notes)]
+
+
+def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
+    """How far the kernel's logprobs and choices are from the reference's."""
+    columns = ["backend", "beside", "greedy tokens", "not its best", "worst logprob", "worst gap", "tolerance", ""]
+    rows = []
+    for r in results:
+        counts = count(r.num_tokens), count(r.num_other)
+        rows.append([r.backend, r.reference, *counts, share(r.worst_logprob), share(r.worst_gap), share(r.tolerance)])
+        rows[-1].append("agree" if r.agrees else "DIFFER")
+    note = (
+        "Logprobs of the tokens chosen, relative to the reference's; a gap is how far below the reference's best token "
+        "a chosen one lies."
+    )
+    return [Table("Greedy tokens beside the reference path", columns, rows, [note])]
 
 
 def busy(facts: Facts, results: Sequence[BusyResult]) -> list[Table]:

@@ -64,6 +64,9 @@ def test_every_part_has_its_file_with_its_facts(everything):
 def test_what_the_parts_found(everything):
     _, output = everything
     found = {name: part.results for name, part in files(output).items()}
+    (parity,) = found["parity"]
+    assert (parity.backend, parity.reference, parity.agrees) == ("xla", "reference", True)
+    assert parity.num_tokens == 18 * 48 and parity.worst_logprob < 1e-3 and parity.worst_gap < 1e-3  # in float32
     (ceilings,) = found["ceilings"]
     assert ceilings.bandwidth > 1e8 and ceilings.flops > 1e9
     assert {(r.kind, r.backend, r.page_size) for r in found["attention"]} == {
@@ -113,7 +116,7 @@ def test_parts_are_chosen(tiny_flags, tmp_path):
     assert set(files(tmp_path)) == {"ceilings", "memory"}
     (memory,) = files(tmp_path)["memory"].results
     assert memory.after == "start"
-    with pytest.raises(InvalidRequestError, match="only='speed': must be one of start, ceilings"):
+    with pytest.raises(InvalidRequestError, match="only='speed': must be one of start, parity"):
         run_all(*tiny_flags, "--output", tmp_path, "--only", "memory,speed")
     with pytest.raises(InvalidRequestError, match="workload='no_such'"):
         run_all(*tiny_flags, "--output", tmp_path, "--workload", "no_such")
