@@ -4,7 +4,7 @@
 
 Unused and foreign pages, the tails of last pages and the dummy page hold NaN. Timings are of the whole operation, the
 write included, over 32 layer caches in turn, so that the second-level cache cannot flatter, and stand beside the
-machine's own copy and matrix-product rates.
+machine's own copy and matrix-product rates. They are wall time: the pauses between calls of 32 layers count in.
 """
 
 import argparse
