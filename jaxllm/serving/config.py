@@ -41,7 +41,7 @@ class ServerConfig:
     drain_timeout: float = _option(60.0, "seconds that requests under way get to end after SIGTERM")
     health_timeout: float = _option(60.0, "seconds without a sign of life of the engine after which /health fails")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "least severe messages that are logged")
-    log_format: Literal["json", "text"] = _option("json", "one JSON object a line, or plain text")
+    log_format: Literal["auto", "json", "text"] = _option("auto", "one JSON object a line; at a terminal plain text")
 
     def __post_init__(self) -> None:
         def need(holds: bool, field: str, limit: str) -> None:
