@@ -191,6 +191,7 @@ REFUSED = [
     ({"prompt": [[5], [5] * 512], "stream": True}, 400, "prompt", "max_model_len"),
     ({"prompt": []}, 400, "prompt", "list"),
     ({"prompt": ["a"] * 1025}, 400, "prompt", "1024"),
+    ({"prompt": ["a"] * 10, "n": 128}, 400, "prompt", "1024"),
     ({}, 400, "prompt", "required"),
     ([], 400, None, "dictionary"),
 ]
