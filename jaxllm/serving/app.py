@@ -49,7 +49,7 @@ def make_services(llm: AsyncLLM, config: ServerConfig) -> Services:
 def make_app(services: Services) -> ASGIApp:
     """The ASGI application of these parts."""
     # No pages with documentation: they would fetch scripts from elsewhere. /openapi.json is there.
-    app = FastAPI(title="jaxllm", docs_url=None, redoc_url=None)
+    app = FastAPI(title="jaxllm", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

@@ -95,7 +95,7 @@ async def prepare(services: Services, context: Context, body: ChatRequest) -> Pr
         continue_final_message=bool(body.continue_final_message),
         variables=variables,
     )
-    prompt = await encode(services, text + (forced or ""), bool(body.add_special_tokens))
+    (prompt,) = await encode(services, [text + (forced or "")], bool(body.add_special_tokens))
     prompt = truncate(services, prompt, body, params.max_tokens)
     check_length(services, "messages", text, prompt)
     style = services.config.reasoning_parser

@@ -119,8 +119,9 @@ class ChatAnswer:
         choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs or ()
         pieces = [piece for item in choice.parse(delta) if (piece := self._delta(choice, item)) is not None]
-        if not pieces and (delta.finished or ((choice.logprobs or wishes.token_ids) and choice.token_ids)):
-            pieces = [{}] if delta.finished or choice.parser is None else []
+        told = choice.parser is None and choice.token_ids and (choice.logprobs or wishes.token_ids)
+        if not pieces and (delta.finished or told):
+            pieces = [{}]
         chunks = []
         for position, piece in enumerate(pieces):
             last = delta.finished and position == len(pieces) - 1

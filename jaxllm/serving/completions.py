@@ -21,20 +21,22 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's
 async def complete(services: Services, context: Context, body: CompletionRequest) -> "CompletionAnswer":
     """An answer whose generation has not been started. Raises ApiError or any of jaxllm.errors."""
     model = services.model(body.model)
-    if len(body.prompt) > services.config.max_prompts:
-        raise refuse("prompt", f"{len(body.prompt)} prompts", f"at most {services.config.max_prompts} (--max-prompts)")
     params = _params(services, body)
-    services.admission.check(len(body.prompt) * params.n)
-    texts: list[str | None] = []
-    prompts: list[list[int]] = []
-    for prompt in body.prompt:
-        texts.append(prompt if isinstance(prompt, str) else None)
-        special = body.add_special_tokens is not False
-        ids = await encode(services, prompt, special) if isinstance(prompt, str) else prompt
-        prompts.append(truncate(services, ids, body, params.max_tokens))
-        check_length(services, "prompt", prompt, prompts[-1])
-        if len(prompts[-1]) < len(ids):
-            texts[-1] = None
+    samples, most = len(body.prompt) * params.n, services.config.max_prompts
+    if samples > most:
+        limit = f"at most {most} prompts times samples (--max-prompts)"
+        raise refuse("prompt", f"{len(body.prompt)} prompts, n={params.n}", limit)
+    services.admission.check(samples)
+    if isinstance(body.prompt[0], str):
+        texts: list[str | None] = list(body.prompt)
+        encoded = await encode(services, body.prompt, body.add_special_tokens is not False)
+    else:
+        texts, encoded = [None] * len(body.prompt), body.prompt
+    prompts = [truncate(services, ids, body, params.max_tokens) for ids in encoded]
+    for position, (ids, whole) in enumerate(zip(prompts, encoded, strict=True)):
+        check_length(services, "prompt", body.prompt[position], ids)
+        if len(ids) < len(whole):
+            texts[position] = None
     generation = Generation(services, context, prompts, params, body.priority or 0, context.cache_salt(body.cache_salt))
     return CompletionAnswer(services, context, body, model, params, prompts, texts, generation)
 

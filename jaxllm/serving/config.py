@@ -34,14 +34,14 @@ class ServerConfig:
     max_queued_requests: int = _option(1024, "samples that may wait beyond the running ones; more get status 429")
     max_queued_tokens: int = _option(4_000_000, "prompt tokens that may wait for their first output token")
     max_n: int = _option(128, "most samples of one prompt")
-    max_prompts: int = _option(1024, "most prompts of one completions request")
+    max_prompts: int = _option(1024, "most prompts times samples of one completions request")
     max_body_bytes: int = _option(16 << 20, "largest request body")
     max_logprobs: int = _option(20, "most alternatives a position that requests may ask for; -1: no limit")
     request_timeout: float | None = _option(None, "seconds after which a request ends with an error; None: no limit")
     drain_timeout: float = _option(60.0, "seconds that requests under way get to end after SIGTERM")
     health_timeout: float = _option(60.0, "seconds without a sign of life of the engine after which /health fails")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "least severe messages that are logged")
-    log_format: Literal["json", "text"] = _option("json", "one JSON object a line, or plain text")
+    log_format: Literal["auto", "json", "text"] = _option("auto", "one JSON object a line; at a terminal plain text")
 
     def __post_init__(self) -> None:
         def need(holds: bool, field: str, limit: str) -> None:

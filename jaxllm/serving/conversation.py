@@ -74,8 +74,9 @@ async def render(
             plain, schemas, add_generation_prompt, services.chat_template, dict(variables or {})
         )
 
-    long = sum(len(message["content"]) for message in plain) > INLINE_CHARACTERS
-    text = await asyncio.to_thread(make) if long or schemas else make()
+    length = sum(len(message["content"]) + 20 for message in plain)
+    short = length <= INLINE_CHARACTERS and not (schemas or variables or any("tool_calls" in item for item in plain))
+    text = make() if short else await asyncio.to_thread(make)
     if continue_final_message:
         last = plain[-1]["content"].strip()
         cut = text.rfind(last)

@@ -85,7 +85,7 @@ def _clean(text: str) -> str:
 
 
 def validation_error(problems: list[Any]) -> ApiError:
-    """Status 400 for what pydantic found in a body: the first problem, named by its path."""
+    """Status 400 (415 for a body of another type) for the first problem that pydantic found, named by its path."""
     first = problems[0]
     context = first.get("ctx") or {}
     location = [part for part in first["loc"] if part != "body"] + ([context["field"]] if "field" in context else [])
@@ -93,6 +93,9 @@ def validation_error(problems: list[Any]) -> ApiError:
     for part in location:
         field += f"[{part}]" if isinstance(part, int) else ("." if field else "") + str(part)
     kind = first["type"]
+    if isinstance(first.get("input"), bytes):
+        message = "the body must come with content-type: application/json"
+        return ApiError(415, message, None, "unsupported_media_type")
     if kind == "extra_forbidden":
         return ApiError(400, _clean(f"{field}: unknown field"), _clean(field), "unknown_field")
     if kind == "json_invalid":

@@ -13,10 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Attributes:
+    """One engine's.
 
-    stats: the engine's last figures, see `AsyncLLM.stats`.
-    died: set once the engine has ended.
+    Attributes:
+      stats: the engine's last figures, see `AsyncLLM.stats`.
+      died: set once the engine has ended.
     """
 
     def __init__(self, llm: AsyncLLM, timeout: float, interval: float = 1.0):
@@ -35,8 +36,7 @@ class Heartbeat:
         """Asks again and again, until the engine has ended."""
         while True:
             try:
-                self.stats = await self._llm.stats()
-                self._last = time.monotonic()
+                await self.beat()
             except EngineDeadError as error:
                 self._error = error
                 logger.critical("%s", error)
@@ -45,6 +45,11 @@ class Heartbeat:
             except RuntimeError:
                 logger.exception("the engine gives no figures")
             await asyncio.sleep(self._interval)
+
+    async def beat(self) -> None:
+        """Asks once. Raises EngineDeadError; does not return while the engine does not answer."""
+        self.stats = await self._llm.stats()
+        self._last = time.monotonic()
 
     def check(self) -> None:
         """Raises ApiError (503) unless the engine has answered within the timeout."""

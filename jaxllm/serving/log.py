@@ -46,9 +46,9 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str, format: str) -> None:
-    """Sends everything that this process logs to stderr in one format."""
+    """Sends everything that this process logs to stderr in one format; "auto": text at a terminal, else JSON."""
     handler = logging.StreamHandler(sys.stderr)
-    if format == "json":
+    if format == "json" or (format == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -17,7 +17,7 @@ _SAME = (
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
     "prompt_logprobs",
 )  # fmt: skip
-INLINE_CHARACTERS = 2000  # texts up to so many are encoded at once, longer ones on a thread
+INLINE_CHARACTERS = 2000  # up to so many are encoded and rendered at once, more on a thread
 
 
 def sampling_params(services: Services, body: Sampling, **own: Any) -> SamplingParams:
@@ -46,12 +46,12 @@ def _fields() -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(SamplingParams)
 
 
-async def encode(services: Services, text: str, add_special_tokens: bool) -> list[int]:
-    """Token ids; long texts on a thread, so that streams go on meanwhile."""
+async def encode(services: Services, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text; of long ones or many on a thread, so that streams go on meanwhile."""
     tokenizer = services.llm.get_tokenizer()
-    if len(text) <= INLINE_CHARACTERS:
-        return tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    if len(texts) <= 4 and sum(map(len, texts)) <= INLINE_CHARACTERS:
+        return tokenizer.encode_batch(texts, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
 
 
 def truncate(services: Services, ids: list[int], body: Sampling, max_tokens: int | None) -> list[int]:

@@ -84,7 +84,7 @@ async def serve(model: str, config: ServerConfig, options: dict[str, Any]) -> in
         async with AsyncLLM(model, max_concurrent_requests=MANY, **options) as llm:
             services = make_services(llm, config)
             if llm.config.warm_up:
-                logger.info("compiling all step sizes")
+                logger.info("compiling all step sizes; --no-warm-up would begin at once and compile them on the way")
                 await llm.warm_up()
             return await run(services, bound, f"http://{host}:{port}")
 

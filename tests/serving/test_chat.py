@@ -2,7 +2,6 @@
 
 import json
 
-import openai
 import pytest
 
 from jaxllm import SamplingParams
@@ -11,24 +10,6 @@ from tests.serving.harness import running, scripted
 HELLO = [{"role": "user", "content": "the hand"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Wien", "n": [1, 2]}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def script() -> list[str]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def stub(model, script):
-    """A server whose engine says what the script says."""
-    engine = scripted(model, script)
-    with running(engine, served_model_name=["s"], tool_call_parser="hermes", reasoning_parser="qwen3") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(stub):
-    return openai.OpenAI(base_url=f"{stub.url}/v1", api_key="any", max_retries=0)
 
 
 def expected(server, text, **params):

@@ -191,6 +191,7 @@ REFUSED = [
     ({"prompt": [[5], [5] * 512], "stream": True}, 400, "prompt", "max_model_len"),
     ({"prompt": []}, 400, "prompt", "list"),
     ({"prompt": ["a"] * 1025}, 400, "prompt", "1024"),
+    ({"prompt": ["a"] * 10, "n": 128}, 400, "prompt", "1024"),
     ({}, 400, "prompt", "required"),
     ([], 400, None, "dictionary"),
 ]
@@ -215,6 +216,8 @@ def test_what_is_no_json_is_refused(server):
     ):
         answer = server.http.post("/v1/completions", content=text, headers={"content-type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+    answer = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
     text = json.dumps({"prompt": "\ud800"})
     answer = server.http.post("/v1/completions", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "surrogate" in answer.json()["error"]["message"]

@@ -246,3 +246,8 @@ def test_calls_after_reasoning():
     events = parse(parser, text)
     assert events[0] == Reasoning("Should I <tool_call>? Yes.") and calls(events) == [("f", {"a": 1})]
     assert not content(events)
+
+
+def test_the_documents_name_every_parser(root):
+    text = (root / "docs" / "serving.md").read_text()
+    assert not [name for name in (*PARSERS, *STYLES) if f"`{name}`" not in text]

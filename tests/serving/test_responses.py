@@ -2,31 +2,12 @@
 
 import json
 
-import openai
 import pytest
 
-from tests.serving.harness import running, scripted
 from tests.serving.test_chat import CALL, expected
 
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}}
 SAID = f"<think>\nLook it up.\n</think>\nOne moment. {CALL}"
-
-
-@pytest.fixture(scope="module")
-def script() -> list[str]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def stub(model, script):
-    engine = scripted(model, script)
-    with running(engine, served_model_name=["s"], tool_call_parser="hermes", reasoning_parser="qwen3") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(stub):
-    return openai.OpenAI(base_url=f"{stub.url}/v1", api_key="any", max_retries=0)
 
 
 def outline(response) -> list[tuple]:

@@ -1,6 +1,8 @@
 """Streams that end early: clients that leave, deadlines, engines that die; and what is let in at all."""
 
+import asyncio
 import json
+import random
 import socket
 import threading
 import time
@@ -52,6 +54,50 @@ def test_a_client_that_leaves_is_aborted(server, body, stream):
     until(lambda: server.services.admission.samples == 0)
     assert server.stats()["scheduled_tokens"] - before < 400  # it did not run to its end
     until(lambda: b'finished_reason="abort"' in server.http.get("/metrics").content)
+
+
+def test_a_crowd_leaves_nothing_behind(server):
+    rng = random.Random(0)
+    bodies = [
+        {**LONG, "max_tokens": 30, "n": rng.choice([1, 1, 3]), "stream": rng.random() < 0.7, "seed": index}
+        for index in range(60)
+    ]
+    manners = [rng.choice(["read", "read", "leave", "deadline", "cancel"]) for _ in bodies]
+
+    async def one(client, body, manner) -> None:
+        await asyncio.sleep(rng.random() * 0.3)
+        headers = {"X-Request-Timeout": "0.05"} if manner == "deadline" else {}
+        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+            assert answer.status_code in (200, 504)
+            pieces = answer.aiter_lines()
+            if manner == "leave":
+                await anext(pieces)
+                return
+            lines = [line async for line in pieces if line]
+        if manner == "read" and body["stream"]:
+            ends = [line for line in lines if '"finish_reason":"length"' in line]
+            assert lines[-1] == "data: [DONE]" and len(ends) == body["n"]
+        elif manner == "read":
+            assert json.loads(lines[0])["usage"]["completion_tokens"] == 30 * body["n"]
+
+    async def crowd() -> None:
+        limits = httpx2.Limits(max_connections=100)
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+            tasks = [asyncio.create_task(one(client, *work)) for work in zip(bodies, manners, strict=True)]
+            await asyncio.sleep(0.4)
+            for task, manner in zip(tasks, manners, strict=True):
+                if manner == "cancel":
+                    task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results), results
+
+    before = server.call(lambda: len(asyncio.all_tasks()))
+    asyncio.run(crowd())
+    admission, llm = server.services.admission, server.services.llm
+    until(lambda: not server.stats()["running"] and not admission.samples)
+    assert admission.waiting_tokens == 0 and not llm._live and not llm._requests
+    until(lambda: server.call(lambda: len(asyncio.all_tasks())) <= before)
+    assert server.stats()["cache_usage"] == 0
 
 
 def test_tokens_come_one_by_one(slow):

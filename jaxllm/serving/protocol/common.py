@@ -77,25 +77,18 @@ class StreamOptions(Strict):
     }
 
 
-class Sampling(Strict):
-    """Fields that become SamplingParams, and what else completions and chats have in common.
-
-    Every default is "not given": then the model's generation_config decides, as in vLLM.
-    """
+class Generating(Strict):
+    """What every request that generates may say. Not given means: as the model's generation_config says, as in vLLM."""
 
     model: str | None = None
-    n: Count | None = None
+    stream: bool | None = None
+    user: str | None = None
     temperature: float | None = None
     top_p: float | None = None
-    max_tokens: Count | None = None
     stop: Stop = None
     seed: Seed | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: LogitBias = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
 
     # vLLM's
     top_k: int | None = None
@@ -109,12 +102,23 @@ class Sampling(Strict):
     spaces_between_special_tokens: bool | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+
+class Sampling(Generating):
+    """What completions and chats have in common beside that."""
+
+    n: Count | None = None
+    max_tokens: Count | None = None
+    logit_bias: LogitBias = None
+    stream_options: StreamOptions | None = None
+
+    # vLLM's
+    prompt_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from jaxllm.serving.protocol.chat import ChatMessage, ChatRequest, Content
-from jaxllm.serving.protocol.common import NO_GRAMMAR, Count, Refusal, Seed, Stop, Strict, Text
+from jaxllm.serving.protocol.common import NO_GRAMMAR, Count, Generating, Refusal, Strict, Text
 from jaxllm.serving.protocol.tools import Function, FunctionCall, Name, Tool, ToolCall, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
@@ -119,17 +119,13 @@ class TextOptions(Strict):
     }
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(Generating):
     """A request for a response. Nothing is stored: what came before goes into `input`."""
 
     input: Annotated[list[Item], Field(min_length=1), BeforeValidator(_items), WithJsonSchema(_INPUT_SCHEMA)]
-    model: str | None = None
     instructions: Text | None = None
     max_output_tokens: Count | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stream: bool | None = None
     tools: list[ResponseTool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
@@ -137,25 +133,9 @@ class ResponsesRequest(Strict):
     text: TextOptions | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     metadata: dict[str, str] | None = None
-    user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    # vLLM's
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: Seed | None = None
-    stop: Stop = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Count | None = None
-    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
 
     REFUSED: ClassVar = {
         "store": Refusal("nothing is stored", False),
@@ -172,11 +152,7 @@ class ResponsesRequest(Strict):
 
     def chat(self) -> ChatRequest:
         """The same as a chat."""
-        same = {
-            "model", "temperature", "top_p", "stream", "tool_choice", "parallel_tool_calls", "user", "top_k", "min_p",
-            "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop", "stop_token_ids",
-            "ignore_eos", "min_tokens", "priority", "cache_salt", "request_id", "chat_template_kwargs",
-        }  # fmt: skip
+        same = {*Generating.model_fields, "tool_choice", "parallel_tool_calls", "chat_template_kwargs"}
         tools = [
             Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in self.tools or []
         ]

@@ -1,14 +1,18 @@
 """What operators ask: /health, /ready, /metrics, /version."""
 
+import asyncio
+import contextlib
 import importlib.metadata
 from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from jaxllm.errors import JaxllmError
 from jaxllm.serving.errors import ApiError
 from jaxllm.serving.routes.dependencies import ServicesOf
 
+FRESH_SECONDS = 0.5  # that a scrape waits for the engine's figures
 router = APIRouter()
 
 
@@ -30,7 +34,9 @@ async def ready(services: ServicesOf) -> dict[str, Any]:
 
 @router.get("/metrics")
 async def metrics(services: ServicesOf) -> Response:
-    """Prometheus's text format."""
+    """Prometheus's text format; of an engine that is busy, the figures of its last heartbeat."""
+    with contextlib.suppress(TimeoutError, JaxllmError, RuntimeError):
+        await asyncio.wait_for(services.heartbeat.beat(), FRESH_SECONDS)
     return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -29,7 +29,7 @@ async def tokenize(body: TokenizeRequest, services: ServicesOf) -> dict[str, Any
     else:
         text = body.prompt or ""
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    tokens = await encode(services, text, special)
+    (tokens,) = await encode(services, [text], special)
     tokenizer = services.llm.get_tokenizer()
     strings = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
     return {
