@@ -18,7 +18,8 @@ from .types import AttentionMetadata, CacheSpec
 
 PAGE_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
-DTYPES = (jnp.bfloat16, jnp.float32)
+DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float32)))
+CACHE_DTYPES = (*DTYPES, *map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8)))
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -37,9 +38,15 @@ def cache_shape(spec: CacheSpec) -> jax.ShapeDtypeStruct:
     """
     if spec.page_size not in PAGE_SIZES:
         raise ValueError(f"page_size {spec.page_size} is not supported on TPU; choose one of {PAGE_SIZES}")
-    if jnp.dtype(spec.dtype) not in [jnp.dtype(dtype) for dtype in DTYPES]:
-        name = jnp.dtype(spec.dtype).name
-        raise ValueError(f"a cache of {name} is not supported on TPU; only bfloat16 and float32 are")
+    dtype = jnp.dtype(spec.dtype)
+    if dtype not in CACHE_DTYPES:
+        known = ", ".join(known.name for known in CACHE_DTYPES)
+        raise ValueError(f"a cache of {dtype.name} is not supported on TPU; only {known} are")
+    if spec.page_size < 32 // dtype.itemsize:
+        raise ValueError(
+            f"page_size {spec.page_size} is not supported on TPU with a cache of {dtype.name}; "
+            f"the least is {32 // dtype.itemsize}"
+        )
     lanes = 2 * padded_head_dim(spec.head_dim)
     return jax.ShapeDtypeStruct((spec.num_pages, spec.num_kv_heads, spec.page_size, lanes), spec.dtype)
 
@@ -66,8 +73,8 @@ def ragged_paged_attention(
     prefill_sizes: tpu_sizes.PrefillSizes | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.ragged_paged_attention`. Two differences: products are in q's dtype with float32 sums, and padding
-    tokens are not written to the dummy page.
+    """See `api.ragged_paged_attention`. Two differences: products are in q's dtype with float32 sums, whatever the
+    cache holds, and padding tokens are not written to the dummy page.
 
     Args:
       chip: a name in tpu_tuned.json; None takes the abstract mesh's chip.
@@ -82,7 +89,7 @@ def ragged_paged_attention(
     spec = CacheSpec(cache.shape[0], page_size, num_kv_heads, head_dim, cache.dtype)
     if cache.shape != cache_shape(spec).shape:
         raise ValueError(f"cache {cache.shape} is not {cache_shape(spec).shape}, as `cache_shape` says")
-    if q.dtype not in [jnp.dtype(dtype) for dtype in DTYPES]:
+    if q.dtype not in DTYPES:
         raise ValueError(f"queries of {q.dtype.name} are not supported on TPU; only bfloat16 and float32 are")
     wide = cache_lanes // 2
     lanes = max(wide, LANES)

@@ -45,8 +45,8 @@ def compile_step(chip: str, key, ranks: int = 1):
 @pytest.mark.parametrize(
     "key",
     [
-        Forward(256, True),
-        pytest.param(Forward(8, True), marks=pytest.mark.slow),
+        Forward(8, True),
+        pytest.param(Forward(256, True), marks=pytest.mark.slow),
         pytest.param(Forward(256), marks=pytest.mark.slow),
         pytest.param(Forward(2048), marks=pytest.mark.slow),
     ],

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels.ragged_paged_attention import tpu, tpu_plan, tpu_sizes
+from pallas_kernels.ragged_paged_attention import reference, tpu, tpu_plan, tpu_sizes
 from pallas_kernels.ragged_paged_attention.tpu_sizes import DecodeSizes, PrefillSizes
 from pallas_kernels.ragged_paged_attention.types import CacheSpec
 from tests.pallas_kernels.batches import Case, dense
@@ -106,6 +106,42 @@ def test_bfloat16(capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.int8,
+        pytest.param(jnp.float8_e4m3fn, marks=pytest.mark.slow),
+        pytest.param(jnp.float8_e5m2, marks=pytest.mark.slow),
+    ],
+)
+def test_caches_of_eight_bits(capfd, dtype):
+    """Tiles of 32 rows; both round alike what they write, so that they agree to float32's last bits."""
+    case = Case(((1, 70), (1, 33), (40, 100), (3, 7)), page_size=32, window=45)
+    q, _, _, k, v, _, metadata, options = case.build()
+    options |= {"k_scale": jnp.float32(0.03), "v_scale": jnp.float32(0.02)}
+    rng = np.random.default_rng(0)
+    num_pages = int(metadata.page_tables.max()) + 1
+    shape = (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
+    cache = jnp.asarray(rng.normal(scale=40, size=shape).clip(-120, 120)).astype(dtype)
+    truth, written = reference.ragged_paged_attention(q, k, v, cache, metadata, **options)
+    sizes = {"decode_sizes": DecodeSizes(2, 32, 3, 1), "prefill_sizes": PrefillSizes(32, 32, 1)}
+    kernel = jax.jit(
+        functools.partial(
+            tpu.ragged_paged_attention,
+            interpret=INTERPRET,
+            scale=options.pop("scale"),
+            window=options.pop("window"),
+            cap=options.pop("cap"),
+            **sizes,
+        )
+    )
+    out, after = kernel(q, k, v, jnp.asarray(lay_out(np.asarray(cache))), metadata, **options)
+    np.testing.assert_allclose(out, truth, atol=3e-5, rtol=3e-5)
+    after = lay_back(np.asarray(after), case.head_dim)
+    np.testing.assert_array_equal(after[1:].astype(np.float32), np.asarray(written)[1:].astype(np.float32))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
 def test_a_poisoned_row_keeps_it_to_itself(capfd):
     """Rows share blocks of queries and buffers; NaN in one row's history reaches no other row."""
     case = Case(((1, 40), (1, 20), (5, 40), (4, 30), (6, 20)))
@@ -177,6 +213,8 @@ def test_the_chip_is_the_abstract_meshs():
 def test_refuses_what_it_lacks():
     with pytest.raises(ValueError, match="page_size 8"):
         tpu.cache_shape(CacheSpec(2, 8, 1, 64, jnp.dtype(jnp.bfloat16)))
+    with pytest.raises(ValueError, match=r"page_size 16.*int8.*32"):
+        tpu.cache_shape(CacheSpec(2, 16, 1, 64, jnp.dtype(jnp.int8)))
     with pytest.raises(ValueError, match="float16"):
         tpu.cache_shape(CacheSpec(2, 16, 1, 64, jnp.dtype(jnp.float16)))
     with pytest.raises(ValueError, match="head_dim 512"):

@@ -26,6 +26,7 @@ def compile_for(
     page_size: int = 64,
     num_pages: int = 4000,
     dtype=jnp.bfloat16,
+    cache_dtype=None,
     decodes_only: bool = False,
     sinks: bool = False,
     **options,
@@ -38,16 +39,17 @@ def compile_for(
             *(int32(shape) for shape in ((tokens,), (tokens,), (rows + 1,), (rows,), (rows, width), (tokens,), (), ())),
             decodes_only=decodes_only,
         )
-        spec = tpu.cache_shape(CacheSpec(num_pages, page_size, num_kv_heads, head_dim, jnp.dtype(dtype)))
+        cache_dtype = jnp.dtype(cache_dtype or dtype)
+        spec = tpu.cache_shape(CacheSpec(num_pages, page_size, num_kv_heads, head_dim, cache_dtype))
         q, k = array((tokens, num_heads, head_dim), dtype), array((tokens, num_kv_heads, head_dim), dtype)
         arrays = {"sinks": array((num_heads,), jnp.float32)} if sinks else {}
         attend = jax.jit(
             functools.partial(tpu.ragged_paged_attention, scale=head_dim**-0.5, **options), donate_argnums=3
         )
-        compiled = attend.lower(q, k, k, array(spec.shape, dtype), metadata, **arrays).compile()
+        compiled = attend.lower(q, k, k, array(spec.shape, cache_dtype), metadata, **arrays).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert not makers_of(hlo, spec.shape)
-    assert memory.alias_size_in_bytes >= np.prod(spec.shape) * jnp.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes >= np.prod(spec.shape) * cache_dtype.itemsize
     taken = kernel_vmem(hlo)
     longer = set() if decodes_only else {"ragged_paged_write", "ragged_paged_prefill"}
     assert taken.keys() == {"ragged_paged_decode"} | longer
@@ -95,3 +97,10 @@ def test_other_shapes(chip, case):
     in VMEM."""
     taken = compile_for(chip, **case)
     assert max(taken.values()) <= tpu_sizes.chips()[chip].vmem_limit_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_caches_of_eight_bits(chip, cache_dtype):
+    compile_for(chip, **BATCHES["mixed"], **LLAMA, page_size=32, cache_dtype=cache_dtype)
