@@ -113,25 +113,25 @@ def ragged_paged_attention(
     prefill_config = prefill_config or tuned_prefill(cache.shape[4], group, num_tokens)
     if pad := cache.shape[4] - head_dim:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (q, k, v))
+    # One array, so that XLA writes it in one kernel, the rotation of queries and keys included.
+    qkv = jnp.concatenate([q, k, v], axis=1)
     if not metadata.decodes_only and num_tokens < prefill_config.tokens:  # a block of queries must fit
-        q = jnp.pad(q, ((0, prefill_config.tokens - num_tokens), (0, 0), (0, 0)))
+        qkv = jnp.pad(qkv, ((0, prefill_config.tokens - num_tokens), (0, 0), (0, 0)))
 
     options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret}
-    new = None
-    if metadata.decodes_only:
-        new = gpu_decode.NewTokens(metadata.write_slots, k, v)
-    else:
-        cache = gpu_write.write(cache, k, v, metadata, interpret=interpret)
+    new_slots = metadata.write_slots if metadata.decodes_only else None
+    if new_slots is None:
+        cache = gpu_write.write(cache, qkv, metadata, interpret=interpret)
     out, cache, own, shared, plan = gpu_decode.decode(
-        q.reshape(-1, q.shape[2]), cache, metadata, scales, group=group, config=decode_config, new=new, **options
+        qkv, cache, metadata, scales, group=group, config=decode_config, new_slots=new_slots, **options
     )
-    out_ref = jax.new_ref(out.reshape(q.shape))
+    out_ref = jax.new_ref(out.reshape(qkv.shape[0], num_heads, qkv.shape[2]))
     gpu_merge.merge(
         out_ref, own, shared, plan,
         group=group, streams=decode_config.streams, multiprocessors=decode_config.blocks,
         clear=metadata.decodes_only, interpret=interpret,
     )  # fmt: skip
     if not metadata.decodes_only:
-        gpu_prefill.prefill(q, cache, out_ref, metadata, scales, config=prefill_config, **options)
+        gpu_prefill.prefill(qkv, cache, out_ref, metadata, scales, config=prefill_config, **options)
     out = jax.freeze(out_ref)
     return out[:num_tokens, :, :head_dim], cache

@@ -60,27 +60,14 @@ class DecodeConfig:
         return self.blocks * self.consumers
 
 
-class NewTokens(NamedTuple):
-    """Keys and values of this step that are not in the cache yet: the kernel puts them there.
-
-    Attributes:
-      slots: int32[T], see AttentionMetadata.write_slots.
-      k, v: [T, num_kv_heads, head_dim].
-    """
-
-    slots: Any  # arrays outside of the kernel, Refs inside
-    k: Any
-    v: Any
-
-
 class _Inputs(NamedTuple):
     plan: DecodePlan
     tables: Any
     scales: Any
-    q: Any  # [T * num_heads, head_dim]
+    qkv: Any  # [T, num_heads + 2 * num_kv_heads, head_dim]
     cache: Any  # [num_pages, 2, num_kv_heads, copies a page, keys a copy, head_dim]
     sinks: Any = None
-    new: NewTokens | None = None
+    new_slots: Any = None  # int32[T], where this step's keys and values go, if they are not in the cache yet
 
 
 class _Outputs(NamedTuple):
@@ -182,8 +169,9 @@ def _consume(
         row_pair = pair - num_runs * num_kv_heads
 
         def start():
-            target = q_stage.at[pl.ds(0, group)]
-            plgpu.copy_gmem_to_smem(ins.q.at[pl.ds(row_pair * group, group)], target, scratch.q_ready)
+            row, head = lax.div(row_pair, num_kv_heads), lax.rem(row_pair, num_kv_heads)
+            source, target = ins.qkv.at[row, pl.ds(head * group, group)], q_stage.at[pl.ds(0, group)]
+            plgpu.copy_gmem_to_smem(source, target, scratch.q_ready)
 
         pl.when(row_pair >= 0)(start) if num_runs else start()
 
@@ -195,7 +183,7 @@ def _consume(
         @pl.loop(0, shared_rows)
         def _(i):
             row = plan.order[begin + jnp.minimum(i, rows - 1)]
-            source = ins.q.at[pl.ds((row * num_kv_heads + head) * group, group)]
+            source = ins.qkv.at[row, pl.ds(head * group, group)]
             plgpu.copy_gmem_to_smem(source, scratch.out_tile.at[pl.ds(i * group, group)], scratch.run_ready)
 
         plgpu.barrier_wait(scratch.run_ready)
@@ -222,14 +210,15 @@ def _consume(
         ahead = [items[following, field] for field in (FIRST, END, TILES, RUN, NEXT)]
 
         newest = jnp.int32(-1)  # position of the key that is not in the cache yet
-        if (new := ins.new) is not None:
+        if (new_slots := ins.new_slots) is not None:
             newest = jnp.where(is_own & ended, end - 1, -1)
-            slot = new.slots[jnp.maximum(row, 0)]
+            slot = new_slots[jnp.maximum(row, 0)]
 
             @pl.when(newest >= 0)
             def _fetch_new():
-                for part, source in enumerate((new.k, new.v)):
-                    plgpu.copy_gmem_to_smem(source.at[row, head], scratch.new_rows.at[part], scratch.new_ready)
+                for part in range(2):
+                    source = ins.qkv.at[row, (group + part) * num_kv_heads + head]
+                    plgpu.copy_gmem_to_smem(source, scratch.new_rows.at[part], scratch.new_ready)
 
         @pl.when(is_own)
         def _own_queries():
@@ -252,7 +241,7 @@ def _consume(
             is_newest = (newest >= 0) & (newest < low + tile)
 
             plgpu.barrier_wait(scratch.filled.at[key_slot])
-            if new is not None:
+            if new_slots is not None:
 
                 @pl.when(is_newest)
                 def _newest_key():
@@ -289,10 +278,10 @@ def _consume(
             @pl.when(partial)
             def _clear():
                 oldest = 0 if window is None else end - window - low
-                new_value = None if new is None else scratch.new_rows.at[1]
+                new_value = None if new_slots is None else scratch.new_rows.at[1]
                 # -1 is no row: no other stream's or run's tile takes the new value.
                 clear_rows(values, oldest, end - low, jnp.where(is_newest, newest - low, -1), new_value)
-                if new is not None:
+                if new_slots is not None:
                     pl.when(is_newest)(lambda: put_new(slot, head, 1))
 
             accs = list(accs)
@@ -370,7 +359,7 @@ def _consume(
 
 
 def decode(
-    q: jax.Array,
+    qkv: jax.Array,
     cache: jax.Array,
     metadata: AttentionMetadata,
     scales: jax.Array,
@@ -380,17 +369,18 @@ def decode(
     cap: float | None,
     sinks: jax.Array | None,
     config: DecodeConfig,
-    new: NewTokens | None = None,
+    new_slots: jax.Array | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array, Parts, Parts | None, DecodePlan]:
     """Attention of the decode rows, but for what `gpu_merge.merge` joins.
 
     Args:
-      q: [T * num_heads, head_dim]; row r's token is token r.
+      qkv: [T, num_heads + 2 * num_kv_heads, head_dim], queries, keys and values; row r's token is token r.
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
       group: query heads a key-value head.
       scales: float32[2], what the scores and what the output are multiplied by.
-      new: this step's keys and values, where they are not in the cache yet; all rows must be decode rows.
+      new_slots: where this step's keys and values go (see AttentionMetadata.write_slots), if they are not in the cache
+        yet; all rows must be decode rows. None: they are there.
 
     Returns:
       out, [T * num_heads, head_dim], of which only decode rows' results are written; the cache, with what is new; the
@@ -410,19 +400,20 @@ def decode(
         values = jax.ShapeDtypeStruct((count, rows, head_dim), jnp.float32)
         return Parts(values, jax.ShapeDtypeStruct((count, ROWS), jnp.float32))
 
-    out_types = [jax.ShapeDtypeStruct(q.shape, q.dtype), *part_types(num_rows if num_runs else 0, own_rows)]
+    flat = qkv.shape[0] * group * num_kv_heads, head_dim
+    out_types = [jax.ShapeDtypeStruct(flat, qkv.dtype), *part_types(num_rows if num_runs else 0, own_rows)]
     if num_runs:
         out_types += part_types(num_runs, ROWS)
     ring = consumers * config.slots
     q_copied = max(8 * pl.cdiv(group, 8), 8 * 256 // head_dim)  # rows: four warps copy at least a (8, 64) tile each
     keys = min(page_size, tile)  # a copy
     staging = (
-        plgpu.SMEM((consumers, ROWS, head_dim), q.dtype),
+        plgpu.SMEM((consumers, ROWS, head_dim), qkv.dtype),
         plgpu.SMEM((consumers, ROWS, min(head_dim, 128) // 2), jnp.float32),
     )
     scratch_types = (
-        plgpu.SMEM((consumers, q_copied, head_dim), q.dtype),
-        tiled((consumers, ROWS, head_dim), q.dtype),
+        plgpu.SMEM((consumers, q_copied, head_dim), qkv.dtype),
+        tiled((consumers, ROWS, head_dim), qkv.dtype),
         staging if interpret else plgpu.RefUnion(*staging),  # the interpreter takes two warpgroups' parts for one
         plgpu.SMEM((consumers, ROWS), jnp.float32),
         plgpu.SMEM((consumers, 2, head_dim), cache.dtype),
@@ -434,10 +425,11 @@ def decode(
         plgpu.Barrier(num_barriers=ring),
     )
     pages = cache.reshape(*cache.shape[:3], page_size // keys, keys, head_dim)
-    cache_ref = None if new is None else jax.new_ref(pages)
+    cache_ref = None if new_slots is None else jax.new_ref(pages)
     if sinks is not None:  # row i of a q tile may belong to any head onwards
         sinks = jnp.tile(sinks.astype(jnp.float32), 1 + pl.cdiv(ROWS, sinks.shape[0]))
-    inputs = _Inputs(plan, metadata.page_tables, scales, q, pages if new is None else cache_ref, sinks, new)
+    known = pages if cache_ref is None else cache_ref
+    inputs = _Inputs(plan, metadata.page_tables, scales, qkv, known, sinks, new_slots)
     operands, structure = jax.tree.flatten(inputs)
 
     def body(*refs):

@@ -87,11 +87,11 @@ def _tile_range(position, count, tile: int, tokens: int, window: int | None):
 
 
 def _prefill_body(
-    plan_ref, totals_ref, table_ref, scales_ref, sinks_ref, q_ref, cache_ref, out_ref,
+    plan_ref, totals_ref, table_ref, scales_ref, sinks_ref, qkv_ref, cache_ref, out_ref,
     q_stage, q_smem, out_stage, ring, q_filled, q_emptied, filled, emptied, turn,
     *, config: PrefillConfig, window: int | None, cap: float | None, interpret,
 ):  # fmt: skip
-    num_tokens, num_heads, head_dim = q_ref.shape
+    num_tokens, num_heads, head_dim = out_ref.shape
     num_kv_heads = cache_ref.shape[2]
     pack, tokens, tile, slots, consumers = config.pack, config.tokens, config.tile, config.slots, config.consumers
     head_groups = num_heads // pack
@@ -118,7 +118,7 @@ def _prefill_body(
                 for consumer in range(consumers):
                     pl.when(items > 0)(functools.partial(plgpu.barrier_wait, q_emptied.at[consumer]))
                     for member in range(pack):
-                        source = q_ref.at[pl.ds(token_base(start, consumer), tokens), head_group * pack + member]
+                        source = qkv_ref.at[pl.ds(token_base(start, consumer), tokens), head_group * pack + member]
                         target = q_stage.at[consumer, pl.ds(member * tokens, tokens)]
                         plgpu.copy_gmem_to_smem(source, target, q_filled.at[consumer])
 
@@ -208,7 +208,7 @@ def _prefill_body(
                 weights = jnp.exp2(scores * factor - rows_of(new_highest, scores.shape))
                 acc = acc * rows_of(alpha, acc.shape)
                 total = total * alpha
-                small = weights.astype(q_ref.dtype)
+                small = weights.astype(qkv_ref.dtype)
                 total = total + weights.sum(axis=1)
                 if not interpret:
                     acc, total, new_highest, small = lax.optimization_barrier((acc, total, new_highest, small))
@@ -299,7 +299,7 @@ def _clear_padding(totals_ref, out_ref, stage, worker, config: PrefillConfig):
 
 
 def prefill(
-    q: jax.Array,
+    qkv: jax.Array,
     cache: jax.Array,
     out_ref,
     metadata: AttentionMetadata,
@@ -314,21 +314,21 @@ def prefill(
     """Attention of the rows that are no decode rows, and zeros for the padding tokens.
 
     Args:
-      q: [T, num_heads, head_dim], T at least 64 // config.pack.
+      qkv: [T, num_heads + 2 * num_kv_heads, head_dim], queries, keys and values, T at least 64 // config.pack.
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
       out_ref: Ref like q, which holds what `decode` wrote.
       scales: float32[2], what the scores and what the output are multiplied by.
     """
-    num_heads, head_dim = q.shape[1:]
+    num_heads, head_dim = out_ref.shape[1:]
     consumers, tile = config.consumers, config.tile
     plan, totals = prefill_plan(metadata, consumers * config.tokens)
     keys = min(cache.shape[3], tile)
     pages = cache.reshape(*cache.shape[:3], cache.shape[3] // keys, keys, head_dim)
     rows = (consumers, ROWS, head_dim)
     scratch = (
-        plgpu.SMEM(rows, q.dtype),
-        tiled(rows, q.dtype),
-        plgpu.SMEM(rows, q.dtype),
+        plgpu.SMEM(rows, qkv.dtype),
+        tiled(rows, qkv.dtype),
+        plgpu.SMEM(rows, qkv.dtype),
         tiled((config.slots, tile, head_dim), cache.dtype),
         plgpu.Barrier(num_barriers=consumers, num_arrivals=config.pack),
         plgpu.Barrier(num_barriers=consumers),
@@ -357,4 +357,4 @@ def prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         interpret=interpret,
         kernel_name="ragged_paged_prefill",
-    )(*operands, q, pages, out_ref)
+    )(*operands, qkv, pages, out_ref)
