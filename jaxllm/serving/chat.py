@@ -112,8 +112,9 @@ async def prepare(services: Services, context: Context, body: ChatRequest) -> Pr
 
 
 def _params(services: Services, body: ChatRequest, parser: type[ToolParser] | None) -> SamplingParams:
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise refuse("max_tokens", body.max_tokens, "is the old name of max_completion_tokens; give one")
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        limit = f"is the old name of max_completion_tokens, which is {body.max_completion_tokens}; give one"
+        raise refuse("max_tokens", body.max_tokens, limit)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if asked is None:  # the model's max_new_tokens, where its generation_config has one; else as many as fit
         configured = services.llm.builder.default_params().max_tokens

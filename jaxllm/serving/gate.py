@@ -48,6 +48,8 @@ class Gate:
             self._let_in(scope, headers, context)
             body = await self._body(headers, receive)
             await self._app(scope, _replay(body, receive), sending)
+        except asyncio.CancelledError:  # the server has waited for its requests long enough, and ends
+            context.log["cut_off"] = True
         except Exception as error:
             failure = api_error(error)
             if failure.status == 500:

@@ -167,7 +167,7 @@ REFUSED = [
     ({"messages": HELLO, "tools": [STRICT]}, "tools[0].function.strict", "structured"),
     ({"messages": HELLO, "chat_template": "{{ 1 }}"}, "chat_template", "operator"),
     ({"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "itself"),
-    ({"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "give one"),
+    ({"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "give one"),
     ({"messages": [NO_OBJECT]}, "messages[0].tool_calls", "object"),
 ]  # fmt: skip
 
@@ -183,6 +183,22 @@ def test_tools_need_a_parser(model, script):
     with running(scripted(model, script)) as plain:
         answer = plain.post("/v1/chat/completions", messages=HELLO, tools=[TOOL])
         assert answer.status_code == 400 and "--tool-call-parser" in answer.json()["error"]["message"]
+
+
+def test_bodies_that_known_clients_send(client, script, stub):
+    script += [CALL, "Fine.", "Yes.", "Yes."]
+    message = client.chat.completions.create(model="s", messages=HELLO, tools=[TOOL]).choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}
+    for said in (message, message.model_dump()):  # the official client's object, and all its fields
+        answer = client.chat.completions.create(model="s", messages=[*HELLO, said, result], tools=[TOOL])
+        assert answer.choices[0].message.content in ("Fine.", "Yes.")
+    body = {
+        "model": "s", "messages": [{"role": "user", "content": "Hi", "type": "text"}], "max_tokens": 9, "n": 1,
+        "max_completion_tokens": 9, "stop": [], "temperature": 0, "top_p": 1, "seed": 1234, "user": "me", "tools": None,
+        "stream": False, "logprobs": False, "top_logprobs": None, "frequency_penalty": 0, "presence_penalty": 0,
+        "response_format": {"type": "text"}, "store": False, "metadata": {}, "modalities": ["text"],
+    }  # fmt: skip
+    assert stub.post("/v1/chat/completions", **body).status_code == 200
 
 
 def test_tokenize_and_back(server):
