@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
-from jaxllm.models.rope import rotate
+from jaxllm.models.rope import rotate, rotate_leading
 from pallas_kernels import add_rms_norm as norms
 from pallas_kernels import gated_matmul as gating
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
@@ -145,13 +145,7 @@ class Attention(nnx.Module):
         self.k_norm = norm(dtype=dtype) if config.qk_norm else None
 
     def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
-        q, k, v = split(linear(x, self.qkv_proj, metadata.linear), self.qkv_proj)
-        q = q.reshape(-1, self.heads, self.head_dim)
-        k = k.reshape(-1, self.kv_heads, self.head_dim)
-        v = v.reshape(-1, self.kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = self._rotated(linear(x, self.qkv_proj, metadata.linear), rope, metadata.backend)
         out, cache = ragged_paged_attention(
             q,
             k,
@@ -164,6 +158,31 @@ class Attention(nnx.Module):
             cap=self.cap,
         )
         return linear(out.reshape(x.shape[0], -1), self.o_proj, metadata.linear), cache
+
+    def _rotated(self, qkv: jax.Array, rope: RopeTables, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, each [T, heads, head_dim], from [T, out] of the projection."""
+        rotating = self.heads + self.kv_heads
+        if backend == "gpu" and 2 * rope[0].shape[1] == self.head_dim:
+            joined = self._normed(qkv.reshape(qkv.shape[0], -1, self.head_dim))
+            joined = rotate_leading(joined, rope, rotating)
+            return joined[:, : self.heads], joined[:, self.heads : rotating], joined[:, rotating:]
+        q, k, v = split(qkv, self.qkv_proj)
+        q = q.reshape(-1, self.heads, self.head_dim)
+        k = k.reshape(-1, self.kv_heads, self.head_dim)
+        v = v.reshape(-1, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def _normed(self, joined: jax.Array) -> jax.Array:
+        """Queries and keys of [T, all heads, head_dim] normalized at once, where the family does that."""
+        if self.q_norm is None or self.k_norm is None:
+            return joined
+        pairs = ((self.q_norm.weight, self.heads), (self.k_norm.weight, 2 * self.kv_heads))
+        weight = jnp.concatenate([jnp.broadcast_to(w[...], (count, self.head_dim)) for w, count in pairs])
+        normed = norms.rms_norm(joined, weight, eps=self.q_norm.eps, unit_offset=self.q_norm.unit_offset)
+        head = jax.lax.broadcasted_iota(jnp.int32, joined.shape, 1)
+        return jnp.where(head < self.heads + self.kv_heads, normed, joined)
 
 
 class GatedMLP(nnx.Module):

@@ -52,6 +52,17 @@ def test_longrope_short_side():
         check(run(load_golden("phi3_longrope", max_length=33), tokens, [24], "xla", rung=32), logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_queries_and_keys_for_the_gpu_are_the_same(family):
+    """There all heads are normalized and rotated at once."""
+    model = load_golden(family)
+    attention, rope = model.model.layers[0].self_attn, model.config.rope.tables(jnp.arange(5, 12))
+    width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    qkv = jnp.asarray(np.random.default_rng(0).standard_normal((7, width)), jnp.float32)
+    for one, other in zip(attention._rotated(qkv, rope, "gpu"), attention._rotated(qkv, rope, "xla"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
 def test_caches():
     """Layers of one window share a group, full attention first."""
     caches = load_golden("gemma3").layer_caches()
