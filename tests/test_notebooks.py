@@ -35,3 +35,17 @@ def test_quickstart(monkeypatch):
     assert first == again != second
     assert len(set(samples.strip().splitlines())) == 3
     assert len(re.findall(r"[\d.]+ tokens/s", speed)) == 3
+
+
+def test_tpu_vm(monkeypatch):
+    _, printed = run("tpu_vm.ipynb", monkeypatch)
+    _, devices, ready, labels, stats = printed
+    assert "1 x" in devices and ready.count("after") == 2 and labels.startswith("32 prompts")
+    assert re.search(r"late_compilations +0", stats)
+
+
+def test_colab(monkeypatch):
+    _, printed = run("colab.ipynb", monkeypatch)
+    _, device, answers, alternatives, samples = printed
+    assert device.startswith("cpu") and len(answers.split()) > 3
+    assert len(re.findall(r"^[0-9]+ \{", alternatives, re.MULTILINE)) == 3 and len(samples.splitlines()) == 3
