@@ -44,6 +44,7 @@ class EngineConfig:
     scheduling_policy: Literal["fcfs", "priority"] = _option("fcfs", "order of arrival, or lower priority number first")
     max_waiting_requests: int | None = _option(None, "refuse requests beyond so many waiting ones; None: no limit")
     max_waiting_tokens: int | None = _option(None, "refuse requests beyond so many waiting prompt tokens")
+    tensor_parallel_size: int = _option(1, "devices that share each layer's heads and MLP, and the vocabulary")
     data_parallel_size: int = _option(1, "ranks that each hold the weights, a cache and a batch of their own")
     seed: int = _option(0, "seeds the requests that bring none")
     attention_backend: Literal["reference", "xla", "gpu", "tpu"] | None = _option(None, "None: the best for the device")
@@ -75,7 +76,8 @@ class EngineConfig:
             value = getattr(self, field)
             need(value is None or _whole(value), field, "must be an integer of at least 1, or None")
         need(_whole(self.page_size) and self.page_size <= 1024, "page_size", "must be an integer in [1, 1024]")
-        need(_whole(self.data_parallel_size), "data_parallel_size", "must be an integer of at least 1")
+        for field in ("tensor_parallel_size", "data_parallel_size"):
+            need(_whole(getattr(self, field)), field, "must be an integer of at least 1")
         need(isinstance(self.seed, int) and not isinstance(self.seed, bool), "seed", "must be an integer")
         need(-(2**63) <= self.seed < 2**64, "seed", "must be in [-2**63, 2**64)")
         share = self.memory_utilization
@@ -110,7 +112,6 @@ ALIASES = {
 }
 # vLLM's options that have one value here, and why; `config_from` takes that value and drops it.
 FIXED: dict[str, tuple[Any, str]] = {
-    "tensor_parallel_size": (1, "one shard is what is supported so far"),
     "trust_remote_code": (False, "no remote code is ever run"),
 }
 

@@ -1,6 +1,23 @@
-"""Meshes and placement. Depends on JAX alone."""
+"""Meshes, placement and collectives. Depends on JAX alone."""
 
-from .mesh import DATA, TENSOR, make_mesh
-from .rules import partition_spec, replicated, sharded_by_rank
+from .collectives import gather_over, max_over, num_shards, shard_start, sum_over
+from .mesh import DATA, EXPERT, TENSOR, make_mesh
+from .placement import from_parts
+from .rules import RULES, partition_spec, replicated, sharded_by_rank
 
-__all__ = ["DATA", "TENSOR", "make_mesh", "partition_spec", "replicated", "sharded_by_rank"]
+__all__ = [
+    "DATA",
+    "EXPERT",
+    "RULES",
+    "TENSOR",
+    "from_parts",
+    "gather_over",
+    "make_mesh",
+    "max_over",
+    "num_shards",
+    "partition_spec",
+    "replicated",
+    "shard_start",
+    "sharded_by_rank",
+    "sum_over",
+]

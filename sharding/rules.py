@@ -2,9 +2,16 @@
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .mesh import DATA, TENSOR
+from .mesh import DATA, EXPERT, TENSOR
 
-RULES: dict[str | None, str | None] = {None: None, "embed": None, "heads": TENSOR, "mlp": TENSOR, "vocab": TENSOR}
+RULES: dict[str | None, str | None] = {
+    None: None,
+    "embed": None,
+    "heads": TENSOR,
+    "mlp": TENSOR,
+    "vocab": TENSOR,
+    "experts": EXPERT,
+}
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -58,13 +58,17 @@ class Checkpoint(abc.ABC):
         """
 
     @abc.abstractmethod
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        """Writes the tensor into `out`: its shape, any dtype, any strides (a slice of a fused or transposed array).
+    def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] | None = None) -> None:
+        """Writes the tensor, or its part `index`, into `out`: of that shape, any dtype, any strides (a slice of a fused
+        or transposed array).
 
-        No copy of the whole tensor is made on the way.
+        No copy of the whole tensor is made on the way, and no more of the file is read than the part needs.
+
+        Args:
+          index: a slice with a start and a stop for each dimension; None: all of it.
 
         Raises:
-          CheckpointError: the tensor is absent or its shape is not `out.shape`.
+          CheckpointError: the tensor is absent, or its shape or that of the part is not `out.shape`.
         """
 
     @abc.abstractmethod
@@ -84,6 +88,10 @@ class Checkpoint(abc.ABC):
           UnsupportedModelError: it is of a kind that jaxllm does not build.
         """
 
-    def _check_shape(self, name: str, out: np.ndarray) -> None:
-        if out.shape != self.shape(name):
-            raise CheckpointError(f"{self.path}: tensor {name!r} has shape {self.shape(name)}, expected {out.shape}")
+    def _check_shape(self, name: str, out: np.ndarray, index: tuple[slice, ...] | None = None) -> None:
+        shape = self.shape(name)
+        if index is not None and len(index) == len(shape):
+            shape = tuple(len(range(size)[part]) for part, size in zip(index, shape, strict=True))
+        if out.shape != shape:
+            part = "" if index is None else f" in its part {index}"
+            raise CheckpointError(f"{self.path}: tensor {name!r} has shape {shape}{part}, expected {out.shape}")

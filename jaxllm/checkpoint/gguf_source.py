@@ -1,5 +1,6 @@
 """A GGUF file as a checkpoint: Hugging Face names, Hugging Face layouts, dequantized on the way."""
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -67,31 +68,40 @@ class GgufCheckpoint(Checkpoint):
         self.read_into(name, out)
         return out
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        self._check_shape(name, out)
+    def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] | None = None) -> None:
+        self._check_shape(name, out, index)
         if out.size == 0:
             return
-        tensor = self._tensor(name)
+        tensor, shape = self._tensor(name), self.shape(name)
         layout = gguf_names.layout(
             tensor.name, self._arch, self.config["num_attention_heads"], self.config["num_key_value_heads"]
         )
-        if layout.heads and out.shape[0] % (2 * layout.heads):
+        if layout.heads and shape[0] % (2 * layout.heads):
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has {out.shape[0]} rows, no multiple of twice its {layout.heads} heads"
+                f"{self.path}: tensor {name!r} has {shape[0]} rows, no multiple of twice its {layout.heads} heads"
             )
-        # vectors and stacks of matrices are written as matrices; splitting an axis of a view never copies
-        rows = out[:, None] if layout.heads and out.ndim == 1 else out[None] if out.ndim == 1 else out
-        if rows.ndim > 2:
-            rows = np.reshape(rows, (-1, rows.shape[-1]), copy=False)
-        order = layout.row_order(len(rows))
-        raw, length = self._file.raw(tensor), rows.shape[-1]
-        step = gguf_quants.rows_per_chunk(length)
-        for begin in range(0, len(rows), step):
-            end = min(begin + step, len(rows))
+        rows, (first, last), (left, right) = _as_matrix(out, shape, index, as_column=layout.heads > 0)
+        length = 1 if layout.heads and len(shape) == 1 else shape[-1]
+        total = math.prod(shape) // length
+        order = layout.row_order(total)
+        raw, step = self._file.raw(tensor), gguf_quants.rows_per_chunk(length)
+        # where rows are permuted, those of a part may lie anywhere in the file
+        wanted = range(first, last) if order is None else range(total)
+        for begin in range(wanted.start, wanted.stop, step):
+            end = min(begin + step, wanted.stop)
+            places = None if order is None else order[begin:end] - first
+            mine = None if places is None else (places >= 0) & (places < last - first)
+            if mine is not None and not mine.any():
+                continue
             values = gguf_quants.dequantize_rows(raw, tensor.type_name, length, begin, end)
             if layout.offset:
                 values = values.astype(np.float32) + np.float32(layout.offset)
-            rows[slice(begin, end) if order is None else order[begin:end]] = values
+            if places is None or mine is None:
+                rows[begin - first : end - first] = values[:, left:right]
+            elif mine.all():
+                rows[places] = values[:, left:right]
+            else:
+                rows[places[mine]] = values[mine, left:right]
 
     def release_memory(self) -> None:
         self._file.release_memory()
@@ -102,3 +112,20 @@ class GgufCheckpoint(Checkpoint):
 
             self._tokenizer = from_gguf(self._file.metadata, str(self.path), self._arch)
         return self._tokenizer
+
+
+def _as_matrix(
+    out: np.ndarray, shape: tuple[int, ...], index: tuple[slice, ...] | None, *, as_column: bool
+) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+    """A view of `out` as a matrix, and which rows and columns of the whole tensor's matrix it holds. A vector is a row,
+    or a column where its elements are permuted as rows are; a stack of matrices is one tall one."""
+    whole = tuple(slice(0, size) for size in shape)
+    bounds = [part.indices(size)[:2] for part, size in zip(index or whole, shape, strict=True)]
+    if len(shape) == 1:
+        return (out[:, None], bounds[0], (0, 1)) if as_column else (out[None], (0, 1), bounds[0])
+    middle = math.prod(shape[1:-1])
+    if any(bound != (0, size) for bound, size in zip(bounds[1:-1], shape[1:-1], strict=True)):
+        raise ValueError(f"a part of {shape} must have its middle dimensions whole, not {index}")
+    # splitting an axis of a view never copies
+    rows = out if out.ndim == 2 else np.reshape(out, (-1, out.shape[-1]), copy=False)
+    return rows, (bounds[0][0] * middle, bounds[0][1] * middle), bounds[-1]

@@ -195,9 +195,10 @@ class SafetensorsCheckpoint(Checkpoint):
         stored = self._file(name).read(name)
         return stored if dtype is None else stored.astype(dtype, copy=False)
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        self._check_shape(name, out)
-        out[...] = self._file(name).read(name)
+    def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] | None = None) -> None:
+        self._check_shape(name, out, index)
+        stored = self._file(name).read(name)
+        out[...] = stored if index is None else stored[index]
 
     def release_memory(self) -> None:
         for file in set(self._files.values()):

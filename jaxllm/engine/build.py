@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint import Checkpoint, open_checkpoint
 from jaxllm.config import EngineConfig
@@ -25,7 +26,7 @@ from jaxllm.engine.step import StepShape
 from jaxllm.errors import ConfigError
 from jaxllm.models import loader
 from jaxllm.models.registry import model_class
-from sharding import make_mesh, replicated
+from sharding import make_mesh, partition_spec
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,9 @@ def first_keys(plan: EnginePlan, expected: Expected) -> list[Any]:
     ]
 
 
-def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, everywhere: Any, progress: bool) -> None:
-    def shardings(axes: tuple[str | None, ...]) -> Any:
-        return everywhere
+def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, mesh: Mesh, progress: bool) -> None:
+    def shardings(axes: tuple[str | None, ...]) -> NamedSharding:
+        return sharding_of(mesh, axes)
 
     if config.load_format == "dummy":
         loader.load_dummy(model, seed=config.seed, shardings=shardings)
@@ -54,6 +55,29 @@ def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, every
         loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
     checkpoint.release_memory()
     platform.trim_memory()
+
+
+def sharding_of(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    """Where a parameter with these logical axes lives."""
+    spec = partition_spec(axes)
+    return NamedSharding(mesh, spec if any(mesh.shape[name] > 1 for name in spec if name) else PartitionSpec())
+
+
+def abstract_leaves(model: nnx.Module, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+    """The model's parameters in the order of its leaves, with their places on the mesh."""
+    parameters = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return [
+        jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding_of(mesh, p.get_metadata()["axes"])) for p in parameters
+    ]
+
+
+def _mesh(config: EngineConfig) -> Mesh:
+    data, tensor, available = config.data_parallel_size, config.tensor_parallel_size, len(jax.devices())
+    if data * tensor > available:
+        sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor}
+        asked = " times ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        raise ConfigError(f"{asked}: there are {available} devices")
+    return make_mesh(data=data, tensor=tensor)
 
 
 def build_core(
@@ -81,21 +105,26 @@ def build_core(
     parsed = family.parse_config(checkpoint.config)
     if config.max_model_len is None and expected.longest is not None:
         config = dataclasses.replace(config, max_model_len=min(expected.longest, parsed.max_position_embeddings))
-    model = family(parsed.for_length(config.max_model_len or parsed.max_position_embeddings), dtype=dtype)
+    parsed = parsed.for_length(config.max_model_len or parsed.max_position_embeddings)
+    model = family(parsed.for_shards(config.tensor_parallel_size), dtype=dtype)
     plan = plan_engine(config, model)
-    if config.data_parallel_size > len(jax.devices()):
-        raise ConfigError(f"data_parallel_size={config.data_parallel_size}: there are {len(jax.devices())} devices")
-    mesh = make_mesh(data=config.data_parallel_size)
-    leaves, treedef = jax.tree.flatten(model)
-    shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)
-    lowering = Lowering(shape, plan, leaves, mesh)
+    mesh = _mesh(config)
+    shape = StepShape(
+        layout_of(plan),
+        plan.page_size,
+        plan.backend,
+        jax.tree.structure(model),
+        model.config.vocab_size,
+        model.config.tensor_shards,
+    )
+    lowering = Lowering(shape, plan, abstract_leaves(model, mesh), mesh)
     store = None
     if jax.default_backend() != "cpu":  # where lowering costs seconds
         name = fingerprint(family.__name__, model.config, plan, shape.layout, mesh.shape)
         store = (ExecutableStore(config.cache_directory, name), list(mesh.devices.flat))
     executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)), store=store)
     executables.prepare(first_keys(plan, expected))
-    _load(config, model, checkpoint, replicated(mesh), progress)
+    _load(config, model, checkpoint, mesh, progress)
     leaves = jax.tree.leaves(model)
     runner = Runner(plan, shape, Device(mesh, leaves, executables, lowering), lowering.ranks)
     return EngineCore(runner, enable_prefix_caching=config.enable_prefix_caching, warm_up=config.warm_up)

@@ -20,13 +20,16 @@ from jaxllm.engine.step import (
     apply_page_updates,
     forward,
     sample_rows,
+    upload_row,
     wide_logprobs,
 )
 from pallas_kernels.ragged_paged_attention import cache_shape
-from sharding import DATA
+from sharding import DATA, TENSOR
 
 WIDE_ROWS = 64  # rows of logits that a wide-logprobs executable holds at a time
 SAMPLER_TABLES = ("bias", "stop_mask", "bad_words")
+VOCAB_TABLES = ("bias", "stop_mask")  # whose columns are the vocabulary
+PER_DEVICE = P((DATA, TENSOR))
 MANY_UPDATES = 1024  # page updates of the executable that takes what a step has no room for
 
 
@@ -85,12 +88,16 @@ def row_rungs(max_num_seqs: int) -> tuple[int, ...]:
 
 
 class Lowering:
-    """Traces executables from abstract arguments: nothing is allocated, so that it can run while weights load."""
+    """Traces executables from abstract arguments: nothing is allocated, so that it can run while weights load.
+
+    Args:
+      leaves: the model's parameters, abstract, with their shardings on the mesh.
+    """
 
     def __init__(self, shape: StepShape, plan: EnginePlan, leaves: list[jax.ShapeDtypeStruct], mesh: Mesh):
         self.shape, self.plan, self.mesh = shape, plan, mesh
         self.ranks = mesh.shape[DATA]
-        self.leaves = [self._array(leaf.shape, leaf.dtype, P()) for leaf in leaves]
+        self.leaves, self._leaf_specs = leaves, [leaf.sharding.spec for leaf in leaves]
 
     def _array(self, shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
@@ -99,10 +106,15 @@ class Lowering:
         """An array whose first axis holds each rank's part."""
         return self._array((self.ranks * shape[0], *shape[1:]), dtype, P(DATA))
 
+    def per_device(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """An array whose first axis holds the part of each shard of each rank."""
+        devices = self.ranks * self.shape.tensor_shards
+        return self._array((devices * shape[0], *shape[1:]), dtype, PER_DEVICE)
+
     def caches(self) -> list[jax.ShapeDtypeStruct]:
-        """One array a layer."""
+        """One array a layer; a shard's part holds its own heads, in whatever layout the backend has."""
         specs = [cache_shape(self.plan.cache_spec(layer), self.plan.backend) for layer in self.plan.layers]
-        return [self.per_rank(spec.shape, spec.dtype) for spec in specs]
+        return [self.per_device(spec.shape, spec.dtype) for spec in specs]
 
     def state(self) -> SlotState:
         """The slots' lengths and page tables, abstract."""
@@ -114,13 +126,22 @@ class Lowering:
 
     def tables(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The sampler's tables by name, see `SlotTables`."""
-        slots, vocab = self.plan.scheduler.max_num_seqs, self.shape.vocab_size
+        slots, shards = self.plan.scheduler.max_num_seqs, self.shape.tensor_shards
+        vocab = (self.ranks * slots, shards * -(-self.shape.vocab_size // shards))  # padded as the logits are
         return {
             "history": self.per_rank((slots, self.plan.scheduler.max_model_len), jnp.int32),
-            "bias": self.per_rank((slots, vocab), jnp.float32),
-            "stop_mask": self.per_rank((slots, vocab), jnp.bool_),
+            "bias": self._array(vocab, jnp.float32, self._over_vocab),
+            "stop_mask": self._array(vocab, jnp.bool_, self._over_vocab),
             "bad_words": self.per_rank((slots, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), jnp.int32),
         }
+
+    @property
+    def _over_vocab(self) -> P:
+        return P(DATA, self.shape.vocab_axis)
+
+    @property
+    def _rank_axis(self) -> str | None:
+        return DATA if self.ranks > 1 else None
 
     def sampler_tables(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `sample_rows` takes as tables, in the order of SAMPLER_TABLES."""
@@ -152,7 +173,7 @@ class Lowering:
         return StepBuffers(rows, last_hidden, hidden)
 
     def _sharded(self, function, in_specs, out_specs, donate: tuple[int, ...], keep_unused: bool = False):
-        """Runs `function` on each rank's own part. `keep_unused`: arguments that are not read are there for their
+        """Runs `function` on each device's own part. `keep_unused`: arguments that are not read are there for their
         memory, which is donated."""
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate, keep_unused=keep_unused)
@@ -160,8 +181,8 @@ class Lowering:
     def _forward(self, key: Forward):
         run = self._sharded(
             functools.partial(forward, self.shape, key.num_tokens, key.decodes_only),
-            (P(), P(DATA), P(DATA), P(DATA), P(DATA), P(DATA)),
-            (P(DATA), P(DATA), P(DATA)),
+            (self._leaf_specs, PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA)),
+            (PER_DEVICE, P(DATA), P(DATA)),
             donate=(1, 2, 3),
             keep_unused=True,
         )
@@ -176,9 +197,10 @@ class Lowering:
     def _sample(self, key: Sample):
         slots, history = self.plan.scheduler.max_num_seqs, self.tables()["history"]
         extra = self.sampler_tables() if key.variant.adjust else None
+        tables = P(DATA) if extra is None else tuple(spec.sharding.spec for spec in extra)
         run = self._sharded(
             functools.partial(sample_rows, self.shape, key.variant, key.num_rows),
-            (P(), P(DATA), P(DATA), P(DATA), P(DATA)),
+            (self._leaf_specs, P(DATA), P(DATA), P(DATA), tables),
             (P(DATA), P(DATA)),
             donate=(3,),
         )
@@ -194,10 +216,13 @@ class Lowering:
 
     def _upload(self, key: Upload):
         table = self.tables()[key.table]
-        row = self._array(table.shape[1:], table.dtype, P())
+        spec = table.sharding.spec
+        is_over_vocab = key.table in VOCAB_TABLES
+        row = self._array((self.shape.vocab_size,) if is_over_vocab else table.shape[1:], table.dtype, P())
         slot = self._array((), jnp.int32, P())
-        run = jax.jit(lambda t, s, r: t.at[s].set(r), donate_argnums=0, out_shardings=table.sharding)
-        return run.lower(table, slot, row)
+        vocab_axis = self.shape.vocab_axis if is_over_vocab else None
+        upload = functools.partial(upload_row, self._rank_axis, vocab_axis)
+        return self._sharded(upload, (spec, P(), P()), spec, donate=(0,)).lower(table, slot, row)
 
     def _updatepages(self, key: UpdatePages):
         updates = self.per_rank((len(self.plan.groups), MANY_UPDATES, 3), jnp.int32)
@@ -206,7 +231,12 @@ class Lowering:
 
     def _wide(self, key: Wide):
         rows = self._array((WIDE_ROWS,), jnp.int32, P())
-        run = jax.jit(functools.partial(wide_logprobs, self.shape, key.k))
+        run = self._sharded(
+            functools.partial(wide_logprobs, self.shape, key.k, self._rank_axis),
+            (self._leaf_specs, P(DATA), P(), P()),
+            P(),
+            donate=(),
+        )
         return run.lower(self.leaves, self.hidden(key.num_hidden), rows, rows)
 
 

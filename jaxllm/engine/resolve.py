@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxllm.config import EngineConfig
 from jaxllm.core.kv_cache import CacheGroup
@@ -15,6 +16,7 @@ from jaxllm.core.scheduler import SchedulerConfig
 from jaxllm.errors import ConfigError, OutOfMemoryError
 from jaxllm.models.decoder import CausalLM, LayerCache
 from pallas_kernels.ragged_paged_attention import CacheSpec, cache_shape, tpu_sizes
+from sharding import RULES, TENSOR
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     rungs = config.token_rungs or default_rungs(budget, on_cpu)
 
     layers = model.layer_caches()
-    weight_bytes = sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(model))
+    weight_bytes = _weight_elements(model) * dtype.itemsize
     cache_bytes = config.kv_cache_memory_bytes or (
         CPU_CACHE_BYTES if on_cpu else _memory_left(config, model, weight_bytes, budget, max_num_seqs, dtype)
     )
@@ -153,8 +155,18 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     plan = EnginePlan(dtype, backend, scheduler, decodes, groups, layers, weight_bytes, cache_bytes)
     _check_longest_fits(plan)
     if on_cpu:
-        _check_host_memory(config, plan, model.config.vocab_size)
+        _check_host_memory(config, plan, model.config.shard_vocab)
     return plan
+
+
+def _weight_elements(model: CausalLM) -> int:
+    """Elements of all parameters on one device."""
+    total = 0
+    for parameter in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Param)):
+        metadata = parameter.get_metadata()
+        is_cut = any(RULES[axis] == TENSOR for axis in metadata["axes"])
+        total += parameter.size // (metadata["shards"] if is_cut else 1)
+    return total
 
 
 def _page_bytes(layers: tuple[LayerCache, ...], group: int, page_size: int, dtype, backend: str) -> int:
@@ -241,21 +253,26 @@ def host_memory() -> int:
 
 
 def _check_host_memory(config: EngineConfig, plan: EnginePlan, vocab_size: int) -> None:
-    """Raises OutOfMemoryError if what all ranks on CPU will allocate is more than the machine has left."""
+    """Raises OutOfMemoryError if what all devices on CPU will allocate is more than the machine has left.
+
+    vocab_size: of one tensor-parallel shard.
+    """
     page_bytes = [
         _page_bytes(plan.layers, index, plan.page_size, plan.dtype, plan.backend) for index in range(len(plan.groups))
     ]
     pages = sum(group.num_pages * size for group, size in zip(plan.groups, page_bytes, strict=True))
-    slots, ranks = plan.scheduler.max_num_seqs, min(config.data_parallel_size, len(jax.devices()))
+    slots = plan.scheduler.max_num_seqs
+    count = min(config.data_parallel_size * config.tensor_parallel_size, len(jax.devices()))
     tables = _table_bytes(slots, vocab_size, plan.scheduler.max_model_len)
     each, available = plan.weight_bytes + pages + tables, host_memory()
-    if ranks * each <= available:
+    if count * each <= available:
         return
-    left = available // ranks - plan.weight_bytes - tables - sum(page_bytes)  # each group has a page for padding
+    left = available // count - plan.weight_bytes - tables - sum(page_bytes)  # each group has a page for padding
     fits = f"kv_cache_memory_bytes={left} would fit" if left > 0 else "nothing is left for the KV cache"
     raise OutOfMemoryError(
         f"weights take {plan.weight_bytes / 1e9:.3g} GB, the KV cache {pages / 1e9:.3g} GB, the tables of "
-        f"max_num_seqs={slots} {tables / 1e9:.3g} GB: {each / 1e9:.3g} GB, times data_parallel_size={ranks}; this "
+        f"max_num_seqs={slots} {tables / 1e9:.3g} GB: {each / 1e9:.3g} GB, times {count} "
+        f"(data_parallel_size={config.data_parallel_size}, tensor_parallel_size={config.tensor_parallel_size}); this "
         f"machine has {available / 1e9:.3g} GB left: {fits}"
     )
 
@@ -270,10 +287,10 @@ def _memory_left(config: EngineConfig, model, weight_bytes: int, budget: int, ma
     # A step holds its widest activations (gate and up at once where no kernel joins them), and one array of hidden rows
     # a rung, whose sizes add up to twice the largest; the sampler float32 logits of all rows and five copies. What XLA
     # says of the executables (`memory_analysis`) lies within a tenth below.
-    widest = 2 * shape.intermediate_size + 5 * shape.hidden_size
-    temporaries = budget * widest * dtype.itemsize + 6 * max_num_seqs * shape.vocab_size * 4
+    widest = 2 * shape.intermediate_size // shape.tensor_shards + 5 * shape.hidden_size
+    temporaries = budget * widest * dtype.itemsize + 6 * max_num_seqs * shape.shard_vocab * 4
     length = config.max_model_len or shape.max_position_embeddings
-    tables = _table_bytes(max_num_seqs, shape.vocab_size, length)
+    tables = _table_bytes(max_num_seqs, shape.shard_vocab, length)
     budgeted = int(limit * config.memory_utilization)
     left = budgeted - weight_bytes - temporaries - tables
     if left <= 0:

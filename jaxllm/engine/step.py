@@ -1,4 +1,8 @@
-"""The two halves of a step, as pure functions of one rank's arrays: `forward` to hidden rows, `sample` to tokens."""
+"""The two halves of a step, as pure functions of one device's arrays: `forward` to hidden rows, `sample` to tokens.
+
+The tensor-parallel shards of a rank all compute the same from the same metadata; weights, caches, logits and the tables
+over the vocabulary are each shard's own part.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +16,7 @@ from jaxllm.engine.layout import LENGTH, ROW, SAMPLES, SLOT, START, StepLayout, 
 from jaxllm.engine.sampling import Sampled, SamplerVariant, SlotTables, logprobs_of, sample, unpack
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
 from pallas_kernels.ragged_paged_attention import AttentionMetadata
+from sharding import TENSOR, num_shards, shard_start, sum_over
 
 POSITION = 4 + 2  # the column of a packed row that the sampler reads as its position
 OUTPUT_COLUMNS = 5  # token, number accepted, logprob, rank, finite
@@ -57,6 +62,12 @@ class StepShape:
     backend: str
     treedef: Any
     vocab_size: int
+    tensor_shards: int = 1
+
+    @property
+    def vocab_axis(self) -> str | None:
+        """The mesh axis over which logits lie in shards."""
+        return TENSOR if self.tensor_shards > 1 else None
 
     def model(self, leaves: Sequence[Any]):
         """The model over these parameters; free inside a trace."""
@@ -193,7 +204,9 @@ def sample_rows(
     logits = shape.model(leaves).logits(hidden[:num_rows], LinearMetadata())
     slot_tables = None if tables is None else SlotTables(history, *tables)
     in_range = jnp.minimum(slots, shape.layout.num_slots - 1)
-    out = sample(logits, params, slot_tables, in_range, variant, shape.vocab_size)
+    axis = shape.vocab_axis
+    start = shard_start(logits.shape[1], axis)
+    out = sample(logits, params, slot_tables, in_range, variant, shape.vocab_size, start, axis)
     writes = jnp.where(rows[:, SAMPLES] > 0, slots, shape.layout.num_slots)
     history = history.at[writes, params.position].set(out.tokens[:, 0], mode="drop")
     return history, pack_output(out)
@@ -211,11 +224,48 @@ def pack_output(out: Sampled) -> jax.Array:
 
 
 def wide_logprobs(
-    shape: StepShape, k: int, leaves: list[jax.Array], hidden: jax.Array, index: jax.Array, targets: jax.Array
+    shape: StepShape,
+    k: int,
+    rank_axis: str | None,
+    leaves: list[jax.Array],
+    hidden: jax.Array,
+    index: jax.Array,
+    targets: jax.Array,
 ):
-    """Logprobs of `targets` int32[C] and of the k most likely tokens, at rows `index` int32[C] of hidden [N, embed]."""
-    logits = shape.model(leaves).logits(hidden[index], LinearMetadata())
-    return logprobs_of(logits, targets, k, shape.vocab_size)
+    """Logprobs of `targets` int32[C] and of the k most likely tokens, at rows `index` int32[C] of hidden [N, embed].
+
+    rank_axis: the mesh axis of data-parallel ranks, None if there is one. Rows count over all ranks; each gives the
+    others those that it has, and all compute the same.
+    """
+    rows = hidden[index] if rank_axis is None else _rows_of_all_ranks(hidden, index, rank_axis)
+    logits = shape.model(leaves).logits(rows, LinearMetadata())
+    axis = shape.vocab_axis
+    return logprobs_of(logits, targets, k, shape.vocab_size, shard_start(logits.shape[1], axis), axis)
+
+
+def _rows_of_all_ranks(hidden: jax.Array, index: jax.Array, rank_axis: str) -> jax.Array:
+    local = index - shard_start(hidden.shape[0], rank_axis)
+    mine = (local >= 0) & (local < hidden.shape[0])
+    return sum_over(jnp.where(mine[:, None], hidden[jnp.where(mine, local, 0)], 0), rank_axis)
+
+
+def upload_row(
+    rank_axis: str | None, vocab_axis: str | None, table: jax.Array, slot: jax.Array, row: jax.Array
+) -> jax.Array:
+    """Writes one slot's row of a rank's table [S, …].
+
+    rank_axis: the mesh axis of data-parallel ranks, None if there is one; `slot` counts over all of them.
+    vocab_axis: the mesh axis over which the table's columns lie in shards; `row` is whole, and may lack the padding.
+    """
+    if vocab_axis is not None:
+        width = table.shape[1]
+        row = jnp.pad(row, (0, num_shards(vocab_axis) * width - row.shape[0]))
+        row = lax.dynamic_slice_in_dim(row, shard_start(width, vocab_axis), width)
+    if rank_axis is None:
+        return table.at[slot].set(row)
+    local = slot - shard_start(table.shape[0], rank_axis)
+    local = jnp.where((local >= 0) & (local < table.shape[0]), local, table.shape[0])
+    return table.at[local].set(row, mode="drop")
 
 
 assert ROW >= POSITION

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxllm.errors import UnsupportedModelError
+from jaxllm.errors import ConfigError, UnsupportedModelError
 from jaxllm.models.rope import Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -46,6 +46,7 @@ class DecoderConfig:
       fused_projections: the checkpoint holds qkv_proj and gate_up_proj (Phi-3).
       attention_cap, final_cap: soft caps of attention scores and of logits (Gemma 2), or None.
       embedding_scale: what token embeddings are multiplied by.
+      tensor_shards: among how many devices heads, MLP and vocabulary are dealt out; see `for_shards`.
     """
 
     vocab_size: int
@@ -72,6 +73,7 @@ class DecoderConfig:
     attention_cap: float | None = None
     final_cap: float | None = None
     embedding_scale: float = 1.0
+    tensor_shards: int = 1
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], *, partial_rotary: bool = False, **overrides: Any) -> "DecoderConfig":
@@ -127,6 +129,36 @@ class DecoderConfig:
         return dataclasses.replace(
             self, rope=self.rope.for_length(max_length), local_rope=self.local_rope.for_length(max_length)
         )
+
+    def for_shards(self, count: int) -> "DecoderConfig":
+        """The same, dealt out among `count` tensor-parallel shards. Key-value heads that are fewer than the shards are
+        replicated, the vocabulary is padded; query heads and the MLP have to be divisible.
+
+        Raises:
+          ConfigError: they are not; it names the counts that would do.
+        """
+        if not self._can_be_cut(count):
+            fitting = [n for n in range(1, self.num_attention_heads + 1) if self._can_be_cut(n)]
+            raise ConfigError(
+                f"tensor_parallel_size={count}: must divide num_attention_heads={self.num_attention_heads} and "
+                f"intermediate_size={self.intermediate_size}, and divide num_key_value_heads="
+                f"{self.num_key_value_heads} or be a multiple of it; this model allows {', '.join(map(str, fitting))}"
+            )
+        return dataclasses.replace(self, tensor_shards=count)
+
+    def _can_be_cut(self, count: int) -> bool:
+        heads_and_mlp = self.num_attention_heads % count == 0 and self.intermediate_size % count == 0
+        return heads_and_mlp and (self.num_key_value_heads % count == 0 or count % self.num_key_value_heads == 0)
+
+    @property
+    def kv_copies(self) -> int:
+        """On how many shards each key-value head stands."""
+        return max(1, self.tensor_shards // self.num_key_value_heads)
+
+    @property
+    def shard_vocab(self) -> int:
+        """Vocabulary ids of one shard; the last shards' may lie beyond the vocabulary."""
+        return -(-self.vocab_size // self.tensor_shards)
 
 
 def integer(hf: Mapping[str, Any], name: str, default: int | None = None, *, minimum: int = 1) -> int:

@@ -15,8 +15,8 @@ from jaxllm.models.metadata import LinearMetadata, StepMetadata
 
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps of each token: `num_kv_heads` keys and values of `head_dim`, for the last `window` tokens
-    (None: all). Layers of one `group` share page tables."""
+    """What one layer keeps of each token on a tensor-parallel shard: `num_kv_heads` keys and values of `head_dim`, for
+    the last `window` tokens (None: all). Layers of one `group` share page tables."""
 
     group: int
     window: int | None
@@ -56,7 +56,7 @@ class DecoderStack(nnx.Module):
     """`model.*` of a Hugging Face checkpoint."""
 
     def __init__(self, config: DecoderConfig, layer_type, groups: tuple[int, ...], *, dtype):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed_tokens = Embedding(config, dtype=dtype)
         layers = [
             layer_type(config, window=window, group=group, dtype=dtype)
             for window, group in zip(config.windows, groups, strict=True)
@@ -83,7 +83,13 @@ class CausalLM(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Linear(config.hidden_size, {"lm_head": config.vocab_size}, dtype=dtype, axes=("embed", "vocab"))
+            else Linear(
+                config.hidden_size,
+                {"lm_head": config.vocab_size},
+                dtype=dtype,
+                axes=("embed", "vocab"),
+                shards=config.tensor_shards,
+            )
         )
 
     def layer_caches(self) -> tuple[LayerCache, ...]:
@@ -107,7 +113,7 @@ class CausalLM(nnx.Module):
         return self.model.norm.add(stream, hidden, metadata)[1], updated
 
     def logits(self, hidden: jax.Array, metadata: LinearMetadata) -> jax.Array:
-        """[R, embed] normalized hidden rows to float32[R, vocab]."""
+        """[R, embed] normalized hidden rows to float32[R, vocab], the shard's part of a vocabulary in shards."""
         if self.lm_head is None:
             logits = self.model.embed_tokens.logits(hidden)
         else:

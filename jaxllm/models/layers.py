@@ -1,11 +1,16 @@
 """The pieces that families are built from. Parameters are abstract (ShapeDtypeStruct) until a loader fills them.
 
 Each parameter says in its metadata where it comes from and how it may be sharded:
-  sources: (name, width) of the tensors of a Hugging Face checkpoint that are joined along the last axis; names are
-    relative to the parent of the module. Absent where the parameter's own path is its name.
+  sources: the slices of a Hugging Face checkpoint's tensors that are joined along the last axis, see `sources.Source`;
+    names are relative to the parent of the module. Absent where the parameter's own path is its name.
+  stored: the tensor's shape in the checkpoint, where padding for the shards makes it another.
   transpose: the checkpoint holds it as [out, in].
   init: "zeros" or "ones" where dummy weights are not random.
   axes: logical axis names, one a dimension (see `sharding`).
+  shards: how many tensor-parallel shards it is cut into, if an axis is dealt out among them.
+
+Shapes of parameters are those of all shards together; inside the step's `shard_map` a module sees its shard's part.
+Other sizes that a module keeps (heads, slices) are those of one shard.
 """
 
 import functools
@@ -18,24 +23,32 @@ from flax import nnx
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
 from jaxllm.models.rope import rotate, rotate_leading
+from jaxllm.models.sources import Source
 from pallas_kernels import add_rms_norm as norms
 from pallas_kernels import gated_matmul as gating
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from sharding import RULES, TENSOR, shard_start, sum_over
 
 RopeTables = tuple[jax.Array, jax.Array]
 
 
-def parameter(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], **metadata) -> nnx.Param:
+def parameter(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], *, shards: int = 1, **metadata) -> nnx.Param:
     """An abstract parameter with its sharding axes and its place in a checkpoint."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, **metadata)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, shards=shards, **metadata)
 
 
 class Linear(nnx.Module):
-    """A projection [in, out], or several fused along their outputs; `slices` are their logical widths, in order.
+    """A projection [in, out], or several fused along their outputs; `slices` are their logical widths on one shard, in
+    order.
+
+    Column-parallel where its outputs are dealt out among the shards, interleaved by shard if it is fused; row-parallel
+    where its inputs are: then `sums_over` names the mesh axis over which the shards' products are summed.
 
     Args:
       slices: checkpoint name and width of each output slice.
       source: the checkpoint's own name where it stores the slices fused already.
+      shards: tensor-parallel shards.
+      copies: on how many shards each piece of a slice stands, for slices that have fewer pieces than shards.
     """
 
     def __init__(
@@ -47,21 +60,29 @@ class Linear(nnx.Module):
         axes: tuple[str, str],
         bias: bool = False,
         source: str | None = None,
+        shards: int = 1,
+        copies: Mapping[str, int] | None = None,
     ):
-        self.slices = tuple(slices.values())
-        shape = (in_features, sum(self.slices))
-        stored = {source: shape[1]} if source else slices
+        columns = shards if RULES[axes[1]] == TENSOR else 1
+        self.sums_over = TENSOR if shards > 1 and RULES[axes[0]] == TENSOR else None
 
-        def sources(kind: str) -> tuple[tuple[str, int], ...]:
-            return tuple((f"{name}.{kind}", width) for name, width in stored.items())
+        def sources(kind: str) -> tuple[Source, ...]:
+            found, start = [], 0
+            for name, width in slices.items():
+                stored = f"{source or name}.{kind}"
+                found.append(Source(stored, width, start if source else 0, (copies or {}).get(name, 1)))
+                start += width
+            return tuple(found)
 
-        self.kernel = parameter(shape, dtype, axes, sources=sources("weight"), transpose=True)
-        self.bias = parameter(shape[1:], dtype, axes[1:], sources=sources("bias")) if bias else None
+        self.slices = tuple(part.shard_width(columns) for part in sources("weight"))
+        shape = (in_features, columns * sum(self.slices))
+        self.kernel = parameter(shape, dtype, axes, shards=shards, sources=sources("weight"), transpose=True)
+        self.bias = parameter(shape[1:], dtype, axes[1:], shards=shards, sources=sources("bias")) if bias else None
 
 
 def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata) -> jax.Array:
     """[T, in] to [T, out]; the one place where activations meet projection weights."""
-    y = jnp.dot(x, weight.kernel[...])
+    y = sum_over(jnp.dot(x, weight.kernel[...]), weight.sums_over)
     return y if weight.bias is None else y + weight.bias[...]
 
 
@@ -106,13 +127,27 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [vocab, embed], also the output projection of models that tie the two."""
+    """Token embeddings [vocab, embed], also the output projection of models that tie the two. The vocabulary is dealt
+    out among the shards in equal runs of ids."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype):
-        self.weight = parameter((vocab_size, hidden_size), dtype, ("vocab", "embed"))
+    def __init__(self, config: DecoderConfig, *, dtype):
+        shards, hidden = config.tensor_shards, config.hidden_size
+        self.weight = parameter(
+            (shards * config.shard_vocab, hidden),
+            dtype,
+            ("vocab", "embed"),
+            shards=shards,
+            stored=(config.vocab_size, hidden),
+        )
+        self.axis = TENSOR if shards > 1 else None
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        return self.weight[...][token_ids]
+        weight = self.weight[...]
+        if self.axis is None:
+            return weight[token_ids]
+        rows = token_ids - shard_start(weight.shape[0], self.axis)
+        mine = (rows >= 0) & (rows < weight.shape[0])
+        return sum_over(jnp.where(mine[:, None], weight[jnp.where(mine, rows, 0)], 0), self.axis)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, embed] to float32[R, vocab]. The table stands on the left, where XLA:CPU's product is 1.3 to 1.9 times
@@ -124,11 +159,12 @@ class Attention(nnx.Module):
     """Grouped-query attention over the paged cache. `group` is the index of its cache group."""
 
     def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
-        hidden, head_dim = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim
+        hidden, head_dim, shards = config.hidden_size, config.head_dim, config.tensor_shards
+        self.heads, self.head_dim = config.num_attention_heads // shards, head_dim
+        self.kv_heads = config.num_key_value_heads * config.kv_copies // shards
         self.window, self.group = window, group
         self.scale, self.cap = config.attention_scale, config.attention_cap
-        q, kv = self.heads * head_dim, self.kv_heads * head_dim
+        q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         self.qkv_proj = Linear(
             hidden,
             {"q_proj": q, "k_proj": kv, "v_proj": kv},
@@ -136,9 +172,11 @@ class Attention(nnx.Module):
             axes=("embed", "heads"),
             bias=config.attention_bias,
             source="qkv_proj" if config.fused_projections else None,
+            shards=shards,
+            copies={"k_proj": config.kv_copies, "v_proj": config.kv_copies},
         )
         self.o_proj = Linear(
-            q, {"o_proj": hidden}, dtype=dtype, axes=("heads", "embed"), bias=config.attention_out_bias
+            q, {"o_proj": hidden}, dtype=dtype, axes=("heads", "embed"), bias=config.attention_out_bias, shards=shards
         )
         norm = functools.partial(RMSNorm, head_dim, config.rms_norm_eps, unit_offset=config.norm_unit_offset)
         self.q_norm = norm(dtype=dtype) if config.qk_norm else None
@@ -189,7 +227,7 @@ class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)), gate and up fused."""
 
     def __init__(self, config: DecoderConfig, *, dtype):
-        hidden, intermediate = config.hidden_size, config.intermediate_size
+        hidden, intermediate, shards = config.hidden_size, config.intermediate_size, config.tensor_shards
         self.gate_up_proj = Linear(
             hidden,
             {"gate_proj": intermediate, "up_proj": intermediate},
@@ -197,9 +235,10 @@ class GatedMLP(nnx.Module):
             axes=("embed", "mlp"),
             bias=config.mlp_bias,
             source="gate_up_proj" if config.fused_projections else None,
+            shards=shards,
         )
         self.down_proj = Linear(
-            intermediate, {"down_proj": hidden}, dtype=dtype, axes=("mlp", "embed"), bias=config.mlp_bias
+            intermediate, {"down_proj": hidden}, dtype=dtype, axes=("mlp", "embed"), bias=config.mlp_bias, shards=shards
         )
         self.activation = config.activation
 

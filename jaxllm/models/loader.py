@@ -5,11 +5,11 @@ A parameter's metadata says what it is made of (see `layers`). Nothing here know
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxllm.errors import CheckpointError
+from jaxllm.models.sources import Parts, Source, TensorSource, origins
+from sharding import from_parts
 
 # Buffers that older checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
@@ -28,18 +30,6 @@ _DUMMY_STDDEV = 0.02
 Shardings = Callable[[tuple[str | None, ...]], jax.sharding.Sharding | None]
 # Called with the bytes read so far and all of them.
 OnProgress = Callable[[int, int], None]
-
-
-class TensorSource(Protocol):
-    """What the loader asks of a checkpoint (`jaxllm.checkpoint.Checkpoint`): names are Hugging Face's."""
-
-    def names(self) -> Sequence[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def num_bytes(self, name: str) -> int: ...
-
-    def read_into(self, name: str, out: np.ndarray) -> None: ...
 
 
 def load(
@@ -53,7 +43,8 @@ def load(
     """Fills the parameters from a checkpoint.
 
     Each tensor is read straight into its slice of a buffer of its parameter's shape, so that the host holds no more
-    than a few parameters beside the model: one a thread, and none on the CPU backend, which keeps the buffers.
+    than a few parameters beside the model: one a thread, and none on the CPU backend, which keeps the buffers. Of a
+    parameter in shards a buffer holds one, and only those that this host's devices own are read.
 
     Args:
       model: abstract parameters are replaced by device arrays.
@@ -66,17 +57,16 @@ def load(
       CheckpointError: tensors are missing, extra or misshapen (all are named), or a file is truncated.
     """
     parameters = dict(_parameters(model))
-    expected = {path: _sources(path, parameter) for path, parameter in parameters.items()}
+    expected = {path: Parts(path, parameter).tensors() for path, parameter in parameters.items()}
     _check(expected, checkpoint, tied=getattr(model, "lm_head", True) is None)
 
     def fill(path: tuple) -> int:
-        parameter, sources = parameters[path], expected[path]
-        array = _read(parameter, sources, checkpoint, dtype, shardings)
+        array = _read(path, parameters[path], checkpoint, dtype, shardings)
         array.block_until_ready()  # so that buffers do not pile up behind a slow transfer
-        parameter.set_value(array)
-        return sum(checkpoint.num_bytes(name) for name, _ in sources)
+        parameters[path].set_value(array)
+        return sum(checkpoint.num_bytes(name) for name, _ in expected[path])
 
-    total = sum(checkpoint.num_bytes(name) for sources in expected.values() for name, _ in sources)
+    total = sum(checkpoint.num_bytes(name) for tensors in expected.values() for name, _ in tensors)
     done = 0
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1), "load") as pool:
         futures = [pool.submit(fill, path) for path in parameters]
@@ -94,12 +84,22 @@ def load_dummy(
     model: nnx.Module, *, dtype: DTypeLike | None = None, seed: int = 0, shardings: Shardings | None = None
 ) -> None:
     """Fills the parameters with normal values of deviation 0.02, or with what their metadata `init` names ("zeros",
-    "ones"); all of them are made where they live. The values depend on the seed and the parameters' order alone.
+    "ones"); all of them are made where they live. The values depend on the seed and the parameters' order alone: a
+    model in shards gets those of the whole one.
     """
-    for index, (_, parameter) in enumerate(_parameters(model)):
+    for index, (path, parameter) in enumerate(_parameters(model)):
         metadata = parameter.get_metadata()
         sharding = None if shardings is None else shardings(metadata["axes"])
-        make = _dummy(parameter.shape, jnp.dtype(dtype or parameter.dtype), metadata.get("init", "normal"), sharding)
+        parts = Parts(path, parameter)
+        make = _dummy(
+            parameter.shape,
+            jnp.dtype(dtype or parameter.dtype),
+            metadata.get("init", "normal"),
+            sharding,
+            None
+            if parts.rows == 1
+            else (parts.joined_axis, tuple(dataclasses.replace(s, name="") for s in parts.sources), parts.rows),
+        )
         parameter.set_value(make(np.uint32(seed % 2**32), np.uint32(index)))
 
 
@@ -128,20 +128,6 @@ def _parameters(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
             yield path, node
 
 
-def _sources(path: tuple, parameter: nnx.Param) -> list[tuple[str, tuple[int, ...]]]:
-    """Checkpoint names and shapes of what the parameter is made of, in order."""
-    metadata = parameter.get_metadata()
-    if "sources" not in metadata:
-        return [(".".join(map(str, path)), parameter.shape)]
-    prefix = ".".join(map(str, path[:-2]))
-    rest = parameter.shape[:-1]  # all dims but the last are whole in every source
-    sources = []
-    for name, width in metadata["sources"]:
-        shape = (width, *rest) if metadata.get("transpose") else (*rest, width)
-        sources.append((f"{prefix}.{name}" if prefix else name, shape))
-    return sources
-
-
 def _check(expected: dict[tuple, list[tuple[str, tuple[int, ...]]]], checkpoint: TensorSource, tied: bool) -> None:
     """Raises CheckpointError with every name that is missing, extra or misshapen."""
     shapes = {name: shape for sources in expected.values() for name, shape in sources}
@@ -166,30 +152,38 @@ def _is_harmless(name: str, tied: bool) -> bool:
 
 
 def _read(
+    path: tuple,
     parameter: nnx.Param,
-    sources: list[tuple[str, tuple[int, ...]]],
     checkpoint: TensorSource,
     dtype: DTypeLike | None,
     shardings: Shardings | None,
 ) -> jax.Array:
-    """One parameter on its device. Projections are stored [out, in] and kept [in, out]: the CPU backend's buffer is
+    """One parameter on its devices. Projections are stored [out, in] and kept [in, out]: the CPU backend's buffer is
     written transposed and kept; for accelerators the transposition is theirs, which is faster by far."""
     metadata = parameter.get_metadata()
+    parts, shape = Parts(path, parameter), tuple(parameter.shape)
     transpose = metadata.get("transpose", False)
     on_device = transpose and jax.default_backend() != "cpu"
-    axes = metadata["axes"][::-1] if on_device else metadata["axes"]
-    host = _empty(parameter.shape[::-1] if on_device else parameter.shape, np.dtype(dtype or parameter.dtype))
-    # the axis along which sources are joined comes first in `rows`
-    rows = host.T if transpose and not on_device else host
-    if len(sources) == 1:
-        checkpoint.read_into(sources[0][0], rows)
-    else:
-        start = 0
-        for name, shape in sources:
-            checkpoint.read_into(name, rows[start : start + shape[0]])
-            start += shape[0]
-    array = jax.device_put(host, None if shardings is None else shardings(axes))
-    return _transpose(array) if on_device else array
+    kept = np.dtype(dtype or parameter.dtype)
+
+    def read(shape: tuple[int, ...], shard: int, place: jax.Device | jax.sharding.Sharding | None) -> jax.Array:
+        host = _empty(shape[::-1] if on_device else shape, kept)
+        # the axis along which sources are joined comes first in what is filled
+        parts.fill(host.T if transpose and not on_device else host, shard, checkpoint)
+        array = jax.device_put(host, place)
+        return _transpose(array) if on_device else array
+
+    if parts.shards == 1:
+        axes = metadata["axes"][::-1] if on_device else metadata["axes"]
+        return read(shape, 0, None if shardings is None else shardings(axes))
+    sharding = None if shardings is None else shardings(metadata["axes"])
+    assert sharding is not None, "a model in shards needs a mesh"
+
+    def read_part(index: tuple[slice, ...], device: jax.Device) -> jax.Array:
+        shard = max(part.start * parts.shards // size for part, size in zip(index, shape, strict=True))
+        return read(tuple(part.stop - part.start for part in index), shard, device)
+
+    return from_parts(shape, sharding, read_part)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -206,23 +200,38 @@ def _transpose(x: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _dummy(shape: tuple[int, ...], dtype: jnp.dtype, init: str, sharding: jax.sharding.Sharding | None):
-    """A jitted (seed, index of the parameter) -> array, compiled once for all parameters alike."""
+def _dummy(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    init: str,
+    sharding: jax.sharding.Sharding | None,
+    joined: tuple[int, tuple[Source, ...], int] | None,
+):
+    """A jitted (seed, index of the parameter) -> array, compiled once for all parameters alike. `joined`: the axis
+    that is interleaved by shard, what is joined along it, and the shards."""
 
     def make(seed: jax.Array, index: jax.Array) -> jax.Array:
         if init != "normal":
             return {"zeros": jnp.zeros, "ones": jnp.ones}[init](shape, dtype)
-        return (_DUMMY_STDDEV * _normal(shape, _mix(_mix(seed) ^ index))).astype(dtype)
+        places: list[jax.Array] = [jnp.arange(size, dtype=jnp.uint32) for size in shape]
+        sizes = list(shape)
+        if joined is not None:
+            axis, sources, shards = joined
+            places[axis] = jnp.asarray(origins(sources, shards), jnp.uint32)
+            sizes[axis] = sum(source.width for source in sources)
+        return (_DUMMY_STDDEV * _normal(places, sizes, _mix(_mix(seed) ^ index))).astype(dtype)
 
     return jax.jit(make, out_shardings=sharding)
 
 
-def _normal(shape: tuple[int, ...], stream: jax.Array) -> jax.Array:
+def _normal(places: Sequence[jax.Array], sizes: Sequence[int], stream: jax.Array) -> jax.Array:
     """float32 values as if normal: hashed element numbers through the inverse error function. Unlike jax.random this
-    is one elementwise fusion on every backend and under every sharding: no temporaries, and ten times faster."""
-    number = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
-        number = number * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    is one elementwise fusion on every backend and under every sharding: no temporaries, and ten times faster.
+
+    places: for each axis uint32[its length], where its elements stand in an array of `sizes`."""
+    number = jnp.zeros((), jnp.uint32)
+    for axis, (place, size) in enumerate(zip(places, sizes, strict=True)):
+        number = number * np.uint32(size) + jnp.expand_dims(place, [a for a in range(len(sizes)) if a != axis])
     bits = _mix(number ^ stream) >> 9
     return np.float32(2**0.5) * jax.lax.erf_inv((bits.astype(jnp.float32) + 0.5) * 2**-22 - 1)
 

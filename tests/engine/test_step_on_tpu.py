@@ -1,5 +1,7 @@
 """The engine's executables for two layers of Llama 3.1 8B, compiled by libtpu for one v6e that is not there."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jaxllm.bench.workloads import MODEL_SHAPES
 from jaxllm.core.kv_cache import CacheGroup
 from jaxllm.core.scheduler_config import SchedulerConfig
+from jaxllm.engine.build import abstract_leaves
 from jaxllm.engine.executables import Forward, Lowering, Sample
 from jaxllm.engine.resolve import EnginePlan
 from jaxllm.engine.runner import layout_of
@@ -22,13 +25,14 @@ PAGES = 4000  # 1 GB a layer
 HBM = 32e9
 
 
-def compile_step(chip: str, key, ranks: int = 1):
+def compile_step(chip: str, key, ranks: int = 1, shards: int = 1):
     """The compiled executable of `key`, and the lowering that made it."""
     config = MODEL_SHAPES["llama-3.1-8b"] | {"num_hidden_layers": LAYERS}
     family = model_class(config)
-    model = family(family.parse_config(config).for_length(18432), dtype=jnp.dtype(jnp.bfloat16))
+    parsed = family.parse_config(config).for_length(18432).for_shards(shards)
+    model = family(parsed, dtype=jnp.dtype(jnp.bfloat16))
     leaves, treedef = jax.tree.flatten(model)
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // shards
     scheduler = SchedulerConfig(
         max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=18432, token_rungs=(256, 2048)
     )
@@ -36,9 +40,9 @@ def compile_step(chip: str, key, ranks: int = 1):
     plan = EnginePlan(
         jnp.dtype(jnp.bfloat16), "tpu", scheduler, (8, 256), groups, model.layer_caches(), weights, 2 * PAGES * 2**18
     )
-    shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size)
-    with compiling_for(chip, (ranks, 1), (DATA, TENSOR)) as mesh:
-        lowering = Lowering(shape, plan, leaves, mesh)
+    shape = StepShape(layout_of(plan), plan.page_size, plan.backend, treedef, model.config.vocab_size, shards)
+    with compiling_for(chip, (ranks, shards), (DATA, TENSOR)) as mesh:
+        lowering = Lowering(shape, plan, abstract_leaves(model, mesh), mesh)
         return lowering(key).compile(), lowering
 
 
@@ -82,6 +86,22 @@ def test_data_parallel_ranks():
     assert not makers_of(hlo, (PAGES, *page)) and not makers_of(hlo, (2 * PAGES, *page))
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f" {collective}" not in hlo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [Forward(8, True), Forward(256)])
+def test_tensor_parallel_shards(key):
+    """Four chips: each takes its part of weights and caches as it lies, and adds up two products a layer."""
+    compiled, lowering = compile_step("v6e", key, shards=4)
+    hlo = compiled.as_text()
+    cache = lowering.caches()[0]
+    assert not makers_of(hlo, cache.sharding.shard_shape(cache.shape))
+    for leaf in lowering.leaves:
+        if leaf.size > 1_000_000:
+            lines = makers_of(hlo, leaf.sharding.shard_shape(leaf.shape))
+            assert not [line for line in lines if " copy(" in line or " transpose(" in line]
+    found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", hlo)
+    assert found == ["all-reduce"] * (1 + 2 * LAYERS)
 
 
 @pytest.mark.slow

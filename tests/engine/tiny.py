@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 OPTIONS = dict(max_num_seqs=32, max_num_batched_tokens=128, token_rungs=(4, 32, 128), page_size=8, warm_up=False)
 
 
-def tensors(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
+def tensors(kind: str, seed: int = 0, num_heads: int = HEADS, num_kv_heads: int = KV_HEADS) -> dict[str, np.ndarray]:
     """Weights of unit gain, so that no layer drowns in the residual stream."""
     rng = np.random.default_rng(seed)
     gemma = kind == "gemma2"
@@ -62,9 +62,9 @@ def tensors(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
         if gemma:
             for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
                 found[f"{at}{name}.weight"] = norm()
-        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
             found[f"{at}self_attn.{name}_proj.weight"] = linear(heads * HEAD_DIM, HIDDEN, 1.5)
-        found[f"{at}self_attn.o_proj.weight"] = linear(HIDDEN, HEADS * HEAD_DIM, 1.5)
+        found[f"{at}self_attn.o_proj.weight"] = linear(HIDDEN, num_heads * HEAD_DIM, 1.5)
         for name in ("gate", "up"):
             found[f"{at}mlp.{name}_proj.weight"] = linear(MLP, HIDDEN, 1.5)
         found[f"{at}mlp.down_proj.weight"] = linear(HIDDEN, MLP, 1.5)
@@ -95,8 +95,10 @@ def write_tokenizer(directory: Path) -> None:
 def write_checkpoint(kind: str, directory: Path, **config: Any) -> Path:
     """A Hugging Face directory of that kind."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(CONFIGS[kind] | config))
-    save_file(tensors(kind), directory / "model.safetensors")
+    config = CONFIGS[kind] | config
+    (directory / "config.json").write_text(json.dumps(config))
+    heads = {name: config[name] for name in ("num_attention_heads", "num_key_value_heads")}
+    save_file(tensors(kind, 0, *heads.values()), directory / "model.safetensors")
     write_tokenizer(directory)
     return directory
 

@@ -226,8 +226,8 @@ def test_too_many_waiting(checkpoint):
         ({"gpu_memory_utilization": 2}, "memory_utilization=2: must be"),
         ({"gpu_memory_utilization": 0.5, "memory_utilization": 0.5}, "gpu_memory_utilization=0.5: is another name of"),
         ({"block_size": 16}, "block_size=16: is another name of page_size, which is 8"),  # tiny.OPTIONS has page_size
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: must be 1, one shard is what is supported so far"),
-        ({"tensor_parallel_size": True}, "tensor_parallel_size=True: must be 1"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size=True: must be an integer of at least 1"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3: must divide num_attention_heads=4 .* allows 1, 2, 4"),
         ({"trust_remote_code": True}, "trust_remote_code=True: must be False, no remote code is ever run"),
         ({"max_num_seqs": 32, "max_num_batched_tokens": 16}, "max_num_batched_tokens=16"),
         ({"token_rungs": (32, 4, 128)}, "token_rungs=.*ascending"),

@@ -14,6 +14,7 @@ from jaxllm.errors import CheckpointError
 from jaxllm.models import loader
 from jaxllm.models.llama import LlamaForCausalLM
 from jaxllm.models.registry import model_class
+from jaxllm.models.sources import Parts
 from tests.models.harness import GOLDENS, load_golden, run
 
 TINY = dict(
@@ -158,7 +159,7 @@ def test_memory():
     model = tiny(**fields)
     shapes = {}
     for path, parameter in loader._parameters(model):
-        shapes |= dict(loader._sources(path, parameter))
+        shapes |= dict(Parts(path, parameter).tensors())
     zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     tracemalloc.start()

@@ -13,6 +13,7 @@ from jaxllm.engine.sampling.logprobs import logprobs_of, mask_padding
 from jaxllm.engine.sampling.noise import Purpose, gumbel
 from jaxllm.engine.sampling.rows import RowParams, SlotTables
 from jaxllm.engine.sampling.variants import SamplerVariant
+from sharding import gather_over, max_over, num_shards
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +65,36 @@ def first_argmax(values: jax.Array, largest: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(values == largest[:, None], columns, values.shape[1]), axis=1)
 
 
+def first_best(
+    values: jax.Array, largest: jax.Array, vocab_offset: jax.Array | int, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """The lowest global id that holds its row's largest value, and that value.
+
+    Args:
+      values: float32[R, V], a shard's columns.
+      largest: float32[R], the shard's own largest value.
+      vocab_offset: the global id of the first column.
+      axis: the mesh axis of a vocabulary in shards; they exchange one (value, id) a row.
+
+    Returns:
+      int32[R] (beyond the vocabulary where no column holds it) and float32[R].
+    """
+    ids = first_argmax(values, largest) + vocab_offset
+    if axis is None:
+        return ids, largest
+    both = gather_over(jnp.stack([lax.bitcast_convert_type(largest, jnp.int32), ids]), axis)  # [shards, 2, R]
+    candidates = lax.bitcast_convert_type(both[:, 0], jnp.float32)
+    best = jnp.max(candidates, axis=0)
+    return jnp.min(jnp.where(candidates == best, both[:, 1], np.iinfo(np.int32).max), axis=0), best
+
+
 def _random_scores(
-    logits: jax.Array, largest: jax.Array, rows: RowParams, variant: SamplerVariant, vocab_offset: jax.Array | int
+    logits: jax.Array,
+    largest: jax.Array,
+    rows: RowParams,
+    variant: SamplerVariant,
+    vocab_offset: jax.Array | int,
+    axis: str | None,
 ) -> jax.Array:
     """float32[R, V] whose largest entry is a row's token (Gumbel-max); for greedy rows, the likeliest token."""
     greedy = rows.temperature <= 0
@@ -78,7 +107,8 @@ def _random_scores(
         return scores
     # A row without finite logits must not keep the others' bisection busy.
     active = ~greedy & jnp.isfinite(largest)
-    return jnp.where(kept_tokens(distance, ids, active, rows.top_k, rows.top_p, rows.min_p), scores, -jnp.inf)
+    kept = kept_tokens(distance, ids, active, rows.top_k, rows.top_p, rows.min_p, axis)
+    return jnp.where(kept, scores, -jnp.inf)
 
 
 def sample(
@@ -89,6 +119,7 @@ def sample(
     variant: SamplerVariant,
     vocab_size: int | None = None,
     vocab_offset: jax.Array | int = 0,
+    axis: str | None = None,
 ) -> Sampled:
     """Samples one token a row.
 
@@ -104,37 +135,41 @@ def sample(
       variant: static.
       vocab_size: static, the real width where V is padded; None means V. Padding is never chosen, has no probability.
       vocab_offset: the global id of the first column, for a vocabulary in shards.
+      axis: static, the mesh axis of a vocabulary in shards, inside `shard_map`: each shard calls this with its columns
+        (V of each) of logits and tables, and all get the same tokens. None: these columns are all there are.
 
     Returns:
       A `Sampled`; its tokens are global ids.
     """
     num_rows, width = logits.shape
     size = width if vocab_size is None else vocab_size
-    raw = mask_padding(logits.astype(jnp.float32), size, vocab_offset)
+    raw = mask_padding(logits.astype(jnp.float32), size, vocab_offset, axis)
     largest = largest_logit(raw)
-    finite = jnp.isfinite(largest)
+    finite = jnp.bool_(True)
     adjusted = raw
     if variant.adjust:
         assert tables is not None, "a variant with adjust reads the slots' tables"
+        finite = jnp.isfinite(max_over(largest, axis))
         adjusted = adjust(raw, rows, tables, slots, vocab_offset)
         largest = largest_logit(adjusted)
-        finite &= jnp.isfinite(largest)
 
     if variant.random:
-        scores = _random_scores(adjusted, largest, rows, variant, vocab_offset)
-        columns = first_argmax(scores, jnp.max(scores, axis=1))
+        largest = max_over(largest, axis)
+        scores = _random_scores(adjusted, largest, rows, variant, vocab_offset, axis)
+        tokens, _ = first_best(scores, jnp.max(scores, axis=1), vocab_offset, axis)
     else:
-        columns = first_argmax(adjusted, largest)
-    columns = jnp.where(finite, columns, 0)
+        tokens, largest = first_best(adjusted, largest, vocab_offset, axis)
+    finite &= jnp.isfinite(largest)
+    tokens = jnp.where(finite, tokens, 0)
 
     if variant.num_logprobs is None:
         logprob, rank = jnp.zeros(num_rows, np.float32), jnp.zeros(num_rows, np.int32)
         top_ids, top_logprobs = jnp.zeros((num_rows, 0), np.int32), jnp.zeros((num_rows, 0), np.float32)
     else:
-        num_logprobs = min(variant.num_logprobs, width)
-        logprob, rank, top_ids, top_logprobs = logprobs_of(raw, columns, num_logprobs)
-        top_ids += vocab_offset
-    tokens = jnp.where(finite, columns + vocab_offset, 0)
+        num_logprobs = min(variant.num_logprobs, width * num_shards(axis))
+        logprob, rank, top_ids, top_logprobs = logprobs_of(
+            raw, tokens, num_logprobs, vocab_offset=vocab_offset, axis=axis
+        )
     return Sampled(
         tokens=tokens[:, None],
         num_accepted=jnp.ones(num_rows, np.int32),

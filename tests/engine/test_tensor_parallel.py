@@ -1,0 +1,206 @@
+"""Tensor-parallel shards on simulated devices give one device's tokens, through the collectives that ARCHITECTURE.md
+names and no others."""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.engine.executables import Sample
+from jaxllm.engine.sampling import VARIANTS
+from jaxllm.errors import ConfigError
+from tests.engine import tiny
+
+HEADS = {
+    "eight": dict(num_attention_heads=8, num_key_value_heads=2),
+    "nine": dict(num_attention_heads=9, num_key_value_heads=3),  # SmolLM2's
+}
+SMALL = dict(max_num_seqs=8, max_num_batched_tokens=8, token_rungs=(4, 8))  # prompts go in chunks
+# Model, heads, tensor shards, ranks, whether the cache is so small that requests are preempted, further options.
+Case = tuple[str, str, int, int, bool, dict]
+QUICK: dict[str, Case] = {
+    "tensor 4 x data 2, chunks": ("llama", "eight", 4, 2, False, SMALL),
+    "tensor 3 of nine heads, preemption": ("llama", "nine", 3, 1, True, SMALL | dict(decode_rungs=(8,))),
+}
+SLOW: dict[str, Case] = {
+    f"{kind}, {heads}, tensor {tensor} x data {data}": (kind, heads, tensor, data, is_tight, options)
+    for kind, is_tight, options in (("llama", True, {}), ("mistral", False, SMALL), ("gemma2", False, {}))
+    for heads, tensor, data in (
+        ("eight", 2, 1),
+        ("eight", 4, 1),
+        ("eight", 8, 1),
+        ("nine", 3, 1),
+        ("eight", 2, 2),
+        ("eight", 2, 4),
+        ("eight", 4, 2),
+        ("nine", 3, 2),
+    )
+}
+
+
+def directory_of(root: Path, case: Case) -> Path:
+    """The checkpoint, written at its first use."""
+    kind, heads, *_ = case
+    directory = root / f"{kind}-{heads}"
+    return directory if directory.exists() else tiny.write_checkpoint(kind, directory, **HEADS[heads])
+
+
+def open_case(root: Path, case: Case, *, shards: bool) -> LLM:
+    """Its engine, or that on one device."""
+    _, heads, tensor, data, is_tight, options = case
+    if shards:
+        options = options | dict(tensor_parallel_size=tensor, data_parallel_size=data)
+    if is_tight:  # pages for one request of max_model_len
+        kv_heads = HEADS[heads]["num_key_value_heads"]
+        kv_heads = max(1, kv_heads // tensor) if shards else kv_heads
+        options = options | dict(kv_cache_memory_bytes=17 * tiny.LAYERS * 2 * kv_heads * 8 * tiny.HEAD_DIM * 4)
+    return tiny.llm(directory_of(root, case), **options)
+
+
+def outcome(llm: LLM, case: Case) -> dict:
+    """Tokens, reasons and logprobs of a mixed batch, twice (the second time most prompts are cached), and of one
+    request with wide logprobs. In a tight cache many start, then all of them grow."""
+    prompts = tiny.prompts(16, 5, longest=8) if case[4] else tiny.prompts(32)
+    params = [tiny.mixed_params(i, **(dict(max_tokens=60) if case[4] else {})) for i in range(len(prompts))]
+    rounds = [llm.generate(prompts, params) for _ in range(2)]
+    wide = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, logprobs=-1, n=2)
+    alone = llm.generate(prompts[4], wide)[0]
+    entries = [entry for sample in alone.outputs for entry in sample.logprobs] + alone.prompt_logprobs[1:]
+    entries += [entry for output in rounds[0] for entry in output.outputs[0].logprobs or []]
+    return {
+        "tokens": [output.outputs[0].token_ids for output in rounds[0]],
+        "again": [output.outputs[0].token_ids for output in rounds[1]],
+        "reasons": [output.outputs[0].finish_reason for output in rounds[0]],
+        "hits": sum(output.num_cached_tokens for output in rounds[1]),
+        "preemptions": llm.stats()["preemptions"],
+        "alone": [sample.token_ids for sample in alone.outputs],
+        "ids": [list(entry) for entry in entries],
+        "ranks": [[logprob.rank for logprob in entry.values()] for entry in entries],
+        "logprobs": [[logprob.logprob for logprob in entry.values()] for entry in entries],
+    }
+
+
+COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\(")
+
+
+def collectives(llm: LLM) -> dict[str, dict[str, int]]:
+    """How many arrays each kind moves in the optimized HLO of what has been compiled (XLA joins independent ones), and
+    of a sampler of each variant."""
+    executables = llm._client._core.runner.executables  # type: ignore[attr-defined]
+    executables.prepare(Sample(1, variant) for variant in VARIANTS)
+    futures = executables._futures
+    found: dict[str, dict[str, int]] = {}
+    for key, future in futures.items():
+        counts = found[str(key)] = collections.Counter()
+        for result, kind in COLLECTIVE.findall(future.result().as_text()):
+            counts[kind] += result.count("[")
+    return found
+
+
+def main(root: Path, names: list[str]) -> None:
+    """In a process of its own: eight devices must be asked for before JAX starts."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    for name in names:
+        case = (QUICK | SLOW)[name]
+        with open_case(root, case, shards=True) as llm:
+            print(json.dumps({"outcome": outcome(llm, case), "collectives": collectives(llm)}), flush=True)
+
+
+def found_by(root: Path, here: Path, names: list[str]) -> list[dict]:
+    """What the cases give on eight devices."""
+    for name in names:
+        directory_of(root, (QUICK | SLOW)[name])
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    command = [sys.executable, "-m", "tests.engine.test_tensor_parallel", str(root), *names]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, root) -> tuple[Path, dict[str, dict]]:
+    directory = tmp_path_factory.mktemp("models")
+    return directory, dict(zip(QUICK, found_by(directory, root, list(QUICK)), strict=True))
+
+
+def assert_as_on_one_device(root: Path, case: Case, found: dict) -> None:
+    with open_case(root, case, shards=False) as llm:
+        expected = outcome(llm, case)
+    hits = found["outcome"].pop("hits"), expected.pop("hits")
+    preemptions = found["outcome"].pop("preemptions"), expected.pop("preemptions")
+    if case[4]:
+        assert case[3] > 1 or min(preemptions) > 0  # two ranks have two caches
+    else:  # a rank finds only the pages that it has computed itself
+        assert hits[0] == hits[1] > 0 or (case[3] > 1 and hits[0] > 0)
+    values = found["outcome"].pop("logprobs"), expected.pop("logprobs")
+    assert found["outcome"] == expected
+    assert expected["tokens"] == expected["again"]
+    for one, other in zip(*values, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_tokens_of_one_device(name, quick):
+    root, found = quick
+    assert_as_on_one_device(root, QUICK[name], found[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_the_tokens_of_one_device_for_all_sizes(name, tmp_path, root):
+    (found,) = found_by(tmp_path, root, [name])
+    assert_as_on_one_device(tmp_path, SLOW[name], found)
+
+
+def expected_collectives(key: str, ranks: int) -> dict[str, int]:
+    """What ARCHITECTURE.md names, as XLA:CPU counts it: a loop's body counts once."""
+    if key.startswith("Forward"):
+        return {"all-reduce": 1 + 2 * tiny.LAYERS}
+    if key.startswith("Wide"):
+        return {"all-reduce": 4 + (ranks > 1), "all-gather": 1}
+    if not key.startswith("Sample"):
+        return {}
+    sums = 0
+    if "random=True" in key:
+        sums += 1  # the largest
+    if "filters=True" in key:
+        sums += 1 + 1 + 2  # both bisections, and the mass of the whole
+    if "adjust=True" in key:
+        sums += 1  # the largest of the raw logits
+    if "num_logprobs=20" in key:
+        sums += 4
+    gathers = 1 + ("num_logprobs=20" in key)
+    return {"all-reduce": sums, "all-gather": gathers} if sums else {"all-gather": gathers}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_no_collectives_but_those_that_are_named(name, quick):
+    found = quick[1][name]["collectives"]
+    for key, counts in found.items():
+        assert counts == expected_collectives(key, QUICK[name][3]), key
+    kinds = collections.Counter(key.split("(")[0] for key in found)
+    assert kinds["Forward"] >= 2 and kinds["Sample"] >= 4 and kinds["Wide"] >= 1 and kinds["Upload"] >= 3
+
+
+def test_more_shards_than_devices_are_refused(checkpoint):
+    import jax
+
+    if len(jax.devices()) > 1:
+        pytest.skip("this machine has them")
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2: there are 1 devices"):
+        tiny.llm(checkpoint("llama"), tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="data_parallel_size=2 times tensor_parallel_size=4: there are 1 devices"):
+        tiny.llm(checkpoint("llama"), tensor_parallel_size=4, data_parallel_size=2)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
