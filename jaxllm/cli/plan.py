@@ -60,12 +60,12 @@ def plan(
     from jaxllm.bench.models import bench_model, model_name
     from jaxllm.bench.throughput import workload as workload_of
     from jaxllm.checkpoint import open_checkpoint
-    from jaxllm.errors import ConfigError
+    from jaxllm.errors import ConfigError, OutOfMemoryError
     from jaxllm.plan.chips import calibration_of, read_calibration
     from jaxllm.plan.chips import chip as chip_of
     from jaxllm.plan.fit import DTYPES, clock, fit, read_model
-    from jaxllm.plan.plan import make_plan
-    from jaxllm.plan.show import print_plan, to_json
+    from jaxllm.plan.plan import chips_needed, make_plan
+    from jaxllm.plan.show import print_plan, refusal_to_json, to_json
 
     if plot is not None:
         from jaxllm.bench.plots import check_plot
@@ -91,17 +91,28 @@ def plan(
             kv_cache_memory_bytes=kv_cache_memory_bytes,
         )
         found = read_model(model_name(model), open_checkpoint(path, revision, weights=False).config, DTYPES[dtype])
-    made = make_plan(
-        found,
-        device,
-        config,
-        known,
-        chips=chips,
-        data=data_parallel_size,
-        tensor=tensor_parallel_size,
-        context=context,
-        output_len=output_len,
-    )
+
+    def write(text: str) -> None:
+        if json is not None and str(json) == "-":
+            print(text)
+        elif json is not None:
+            json.write_text(text + "\n")
+
+    try:
+        made = make_plan(
+            found,
+            device,
+            config,
+            known,
+            chips=chips,
+            data=data_parallel_size,
+            tensor=tensor_parallel_size,
+            context=context,
+            output_len=output_len,
+        )
+    except OutOfMemoryError as error:
+        write(refusal_to_json(str(error), chips_needed(found, device, config, context + output_len)))
+        raise
     best = made.throughput
     predicted = []
     if workload:
@@ -111,15 +122,11 @@ def plan(
         times = clock(found, device, known, best.tensor)
         for name in workload:
             predicted.append(predict_workload(name, workload_of(name, found.config.vocab_size), fitted, times))
-    if json is None or str(json) != "-":
-        console = Console()
-        print_plan(console if console.is_terminal else Console(width=max(console.width, 160)), made, predicted)
-    if json is not None:
-        if str(json) == "-":
-            print(to_json(made, predicted))
-        else:
-            json.write_text(to_json(made, predicted) + "\n")
+    write(to_json(made, predicted))
     if plot is not None:
         from jaxllm.plan.draw import draw
 
         draw(plot, made)
+    if json is None or str(json) != "-":
+        console = Console()
+        print_plan(console if console.is_terminal else Console(width=max(console.width, 160)), made, predicted)

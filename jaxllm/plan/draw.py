@@ -36,6 +36,7 @@ def draw(path: Path, plan: Plan) -> None:
                     requests, [each.predicted * factor for each in times], "-o", color=PREDICTED, label="predicted"
                 )
             axes.set_xscale("log", base=2)
+            axes.set_xticks(requests, [f"{each:,}" for each in requests], minor=False)
             axes.set_xlabel("requests at once")
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)

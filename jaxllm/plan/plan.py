@@ -48,7 +48,7 @@ class WorkloadTimes:
 
     Attributes:
       steps: of the rank that takes most.
-      seconds: the sum of its steps' times; ranks step together.
+      seconds: of that rank; ranks step together.
     """
 
     workload: str

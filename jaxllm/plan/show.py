@@ -180,6 +180,11 @@ def _workloads(workloads: list[WorkloadTimes]) -> rich.table.Table:
     return table
 
 
+def refusal_to_json(reason: str, chips_needed: int | None) -> str:
+    """That nothing fits, why, and how many chips would do (null: none)."""
+    return json.dumps({"fits": False, "reason": reason, "chips_needed": chips_needed}, indent=1)
+
+
 def to_json(plan: Plan, workloads: list[WorkloadTimes]) -> str:
     """All of it: bytes, seconds and tokens a second. The best meshes are told by their sizes."""
     whole: dict[str, Any] = dataclasses.asdict(plan)

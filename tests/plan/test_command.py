@@ -99,6 +99,13 @@ def test_what_is_refused(words, error, told):
     assert isinstance(done.exception, error) and told in str(done.exception)
 
 
+def test_a_refusal_as_json():
+    done = run("shape:llama-3.3-70b", "--chip", "v6e", "--json", "-")
+    made = json.loads(done.output)
+    assert isinstance(done.exception, OutOfMemoryError) and made["reason"] == str(done.exception)
+    assert (made["fits"], made["chips_needed"]) == (False, 8)
+
+
 def test_a_calibration_of_another_chip_is_refused(directory):
     done = run(directory, "--chip", "h200", "--calibration", str(HERE / "calibrations" / "h100.json"))
     assert isinstance(done.exception, ConfigError) and "was taken on h100, not on h200" in str(done.exception)
