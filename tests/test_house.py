@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": _DOORS,
     "ray": _DOORS,
     "bench": _DOORS,
-    "cli": _DOORS | {"serving", "ray", "bench"},
+    "plan": _DOORS | {"bench"},
+    "cli": _DOORS | {"serving", "ray", "bench", "plan"},
     "__main__": {"cli"},
 }
 

@@ -108,15 +108,30 @@ class ModelCost:
             total += seen * count / len(self.windows)
         return total
 
-    def prefill(self, spans: Sequence[tuple[int, int]], num_sampled: int) -> Work:
-        """Computing tokens [start, end) of each prompt at once, with the logits of `num_sampled` of them."""
+    def linear(self, num_tokens: int, num_sampled: int) -> Work:
+        """Products with weights: those of all layers for each token, the logits' for each sampled row."""
+        flops = 2 * num_tokens * self.active_weights + 2 * num_sampled * self.head_weights
+        return Work(self.weight_bytes(num_tokens), flops)
+
+    def prefill_attention(self, spans: Sequence[tuple[int, int]]) -> Work:
+        """Attention of tokens [start, end) of each prompt, whose keys and values are written."""
         tokens = sum(end - start for start, end in spans)
         if self.windows == (None,) * len(self.windows):
             pairs = sum((end - start) * (start + 1 + end) / 2 for start, end in spans)
         else:
             pairs = sum(self._pairs(range(start + 1, end + 1)) for start, end in spans)
-        flops = 2 * tokens * self.active_weights + 2 * num_sampled * self.head_weights + pairs * self.attention_flops
-        return Work(self.weight_bytes(tokens) + tokens * self.kv_bytes, flops)
+        return Work(tokens * self.kv_bytes, pairs * self.attention_flops)
+
+    def decode_attention(self, contexts: Sequence[int], num_shared: int = 0) -> Work:
+        """Attention of one token a request, which reads its keys and values; see `decode`."""
+        pairs = self._pairs(contexts)
+        read = pairs - num_shared * self.windows.count(None) / len(self.windows)
+        return Work(read * self.kv_bytes, pairs * self.attention_flops)
+
+    def prefill(self, spans: Sequence[tuple[int, int]], num_sampled: int) -> Work:
+        """Computing tokens [start, end) of each prompt at once, with the logits of `num_sampled` of them."""
+        tokens = sum(end - start for start, end in spans)
+        return self.linear(tokens, num_sampled) + self.prefill_attention(spans)
 
     def decode(self, contexts: Sequence[int], num_shared: int = 0) -> Work:
         """One step of one token for each request.
@@ -124,10 +139,7 @@ class ModelCost:
         contexts: tokens that each sees, its own included; num_shared: how many of all these are another's too and need
         no reading of their own, in layers without a window.
         """
-        pairs = self._pairs(contexts)
-        read = pairs - num_shared * self.windows.count(None) / len(self.windows)
-        flops = 2 * len(contexts) * (self.active_weights + self.head_weights) + pairs * self.attention_flops
-        return Work(self.weight_bytes(len(contexts)) + read * self.kv_bytes, flops)
+        return self.linear(len(contexts), len(contexts)) + self.decode_attention(contexts, num_shared)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import EngineConfig
+from jaxllm.core import memory
 from jaxllm.core.kv_cache import CacheGroup
 from jaxllm.core.scheduler import SchedulerConfig
 from jaxllm.errors import ConfigError, OutOfMemoryError
@@ -95,15 +96,6 @@ def resolve_backend(config: EngineConfig) -> str:
     return "xla"
 
 
-def default_rungs(budget: int, on_cpu: bool) -> tuple[int, ...]:
-    """Step sizes worth an executable each: powers of two, as the scheduler cuts chunks to land on one. Of the small
-    ones only some, since a small step's time is that of reading the weights; none below 64 where decodes have rungs of
-    their own."""
-    small = (1, 4, 16, 32) if on_cpu else ()
-    powers = [2**i for i in range(6, budget.bit_length())]
-    return tuple(sorted({size for size in (*small, *powers) if size < budget} | {budget}))
-
-
 def decode_rungs(config: EngineConfig, max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
     """Sizes of steps in which every row has one token: what running requests need while no prompt is computed.
 
@@ -111,8 +103,7 @@ def decode_rungs(config: EngineConfig, max_num_seqs: int, on_cpu: bool) -> tuple
       ConfigError: one is larger than the number of slots.
     """
     if config.decode_rungs is None:
-        ladder = () if on_cpu else (1, 8, 32, 64, 128, 192, max_num_seqs)
-        return tuple(sorted({size for size in ladder if size <= max_num_seqs}))
+        return memory.default_decode_rungs(max_num_seqs, on_cpu)
     if config.decode_rungs and config.decode_rungs[-1] > max_num_seqs:
         raise ConfigError(f"decode_rungs={config.decode_rungs}: the last may be max_num_seqs={max_num_seqs} at most")
     return config.decode_rungs
@@ -130,9 +121,8 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     limit = model.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
-    max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
-    budget = config.max_num_batched_tokens or max(1024 if on_cpu else 8192, max_num_seqs)
-    rungs = config.token_rungs or default_rungs(budget, on_cpu)
+    max_num_seqs, budget = memory.default_limits(config, on_cpu)
+    rungs = config.token_rungs or memory.default_rungs(budget, on_cpu)
 
     layers = model.layer_caches()
     weight_bytes = _weight_elements(model) * dtype.itemsize
@@ -153,7 +143,7 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     )
     decodes = decode_rungs(config, max_num_seqs, on_cpu)
     plan = EnginePlan(dtype, backend, scheduler, decodes, groups, layers, weight_bytes, cache_bytes)
-    _check_longest_fits(plan)
+    memory.check_longest_fits(plan.groups, max_model_len, cache_bytes)
     if on_cpu:
         _check_host_memory(config, plan, model.config.shard_vocab)
     return plan
@@ -182,64 +172,26 @@ def _page_bytes(layers: tuple[LayerCache, ...], group: int, page_size: int, dtyp
 def _cache_groups(
     config: EngineConfig, layers, dtype, backend: str, cache_bytes: int, max_num_seqs: int, budget: int, limit: int
 ) -> tuple[CacheGroup, ...]:
-    """Window groups get what all slots can ever use, at most half of the memory together; the full group the rest.
-
-    Raises:
-      OutOfMemoryError: a group's part does not hold a page.
-    """
-    page_size = config.page_size
+    """See `jaxllm.core.memory.cache_groups`."""
     windows: dict[int, int | None] = {layer.group: layer.window for layer in layers}
-    longest = -(-(config.max_model_len or limit) // page_size)
-    pages: dict[int, int] = {}
-    left = cache_bytes
-    num_windows = sum(window is not None for window in windows.values())
-    for group, window in sorted(windows.items(), reverse=True):
-        page_bytes = _page_bytes(layers, group, page_size, dtype, backend)
-        most = max_num_seqs * longest
-        if window is not None:
-            most = min(most, max_num_seqs * (-(-window // page_size) + 1) + -(-budget // page_size))
-        share = left if num_windows == 0 or window is None else cache_bytes // 2 // num_windows
-        if len(windows) == num_windows:
-            share = cache_bytes // num_windows
-        if share < page_bytes:
-            name = "full" if window is None else f"window {window}"
-            raise OutOfMemoryError(
-                f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}: {max(share, 0)} bytes of the KV cache's "
-                f"{cache_bytes} are for group {name!r}, where one page of {page_size} tokens takes {page_bytes} bytes"
-            )
-        pages[group] = min(most, share // page_bytes) + 1
-        left -= pages[group] * page_bytes
-    return tuple(
-        CacheGroup("full" if windows[g] is None else f"window {windows[g]}", pages[g], page_size, windows[g])
-        for g in sorted(pages)
+    return memory.cache_groups(
+        windows,
+        {group: _page_bytes(layers, group, config.page_size, dtype, backend) for group in windows},
+        cache_bytes,
+        page_size=config.page_size,
+        max_num_seqs=max_num_seqs,
+        budget=budget,
+        longest=config.max_model_len or limit,
+        asked=config.kv_cache_memory_bytes,
     )
 
 
 def _most_that_fits(groups: tuple[CacheGroup, ...], limit: int) -> int:
     """The longest request that the cache holds, at most the model's limit."""
-    capacity = [(group.num_pages - 1) * group.page_size for group in groups if group.window is None]
-    longest = min([limit, *capacity])
+    longest = memory.longest_that_fits(groups, limit)
     if longest < limit:
         logger.warning("max_model_len is %d, what the cache holds; the model's limit is %d", longest, limit)
     return longest
-
-
-def _check_longest_fits(plan: EnginePlan) -> None:
-    need = plan.scheduler.max_model_len
-    for group in plan.groups:
-        tokens = (group.num_pages - 1) * group.page_size
-        wanted = need if group.window is None else min(need, group.window + group.page_size)
-        if tokens < wanted or group.num_pages < 2:
-            raise OutOfMemoryError(
-                f"the KV cache of {plan.cache_bytes / 1e6:.3g} MB holds {max(tokens, 0)} tokens in group "
-                f"{group.name!r}; max_model_len={need} needs {wanted}. "
-                "Raise kv_cache_memory_bytes or lower max_model_len"
-            )
-
-
-def _table_bytes(max_num_seqs: int, vocab_size: int, length: int) -> int:
-    """The slots' tables: what the sampler counts and masks, token ids, stop strings."""
-    return max_num_seqs * (vocab_size * 5 + length * 4 + 128 * 16 * 4)
 
 
 def host_memory() -> int:
@@ -263,7 +215,7 @@ def _check_host_memory(config: EngineConfig, plan: EnginePlan, vocab_size: int) 
     pages = sum(group.num_pages * size for group, size in zip(plan.groups, page_bytes, strict=True))
     slots = plan.scheduler.max_num_seqs
     count = min(config.data_parallel_size * config.tensor_parallel_size, len(jax.devices()))
-    tables = _table_bytes(slots, vocab_size, plan.scheduler.max_model_len)
+    tables = memory.table_bytes(slots, vocab_size, plan.scheduler.max_model_len)
     each, available = plan.weight_bytes + pages + tables, host_memory()
     if count * each <= available:
         return
@@ -284,19 +236,14 @@ def _memory_left(config: EngineConfig, model, weight_bytes: int, budget: int, ma
     if not limit:
         raise ConfigError("this device does not tell its memory: set kv_cache_memory_bytes")
     shape = model.config
-    # A step holds its widest activations (gate and up at once where no kernel joins them), and one array of hidden rows
-    # a rung, whose sizes add up to twice the largest; the sampler float32 logits of all rows and five copies. What XLA
-    # says of the executables (`memory_analysis`) lies within a tenth below.
-    widest = 2 * shape.intermediate_size // shape.tensor_shards + 5 * shape.hidden_size
-    temporaries = budget * widest * dtype.itemsize + 6 * max_num_seqs * shape.shard_vocab * 4
+    step = memory.step_bytes(
+        budget,
+        max_num_seqs,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size // shape.tensor_shards,
+        vocab_size=shape.shard_vocab,
+        itemsize=dtype.itemsize,
+    )
     length = config.max_model_len or shape.max_position_embeddings
-    tables = _table_bytes(max_num_seqs, shape.shard_vocab, length)
-    budgeted = int(limit * config.memory_utilization)
-    left = budgeted - weight_bytes - temporaries - tables
-    if left <= 0:
-        raise OutOfMemoryError(
-            f"{config.memory_utilization:.0%} of {limit / 1e9:.1f} GB is {budgeted / 1e9:.1f} GB; weights take "
-            f"{weight_bytes / 1e9:.1f} GB, a step of {budget} tokens {temporaries / 1e9:.1f} GB, the slots' tables "
-            f"{tables / 1e9:.1f} GB: nothing is left for the KV cache"
-        )
-    return left
+    tables = memory.table_bytes(max_num_seqs, shape.shard_vocab, length)
+    return memory.Budget(limit, config.memory_utilization, weight_bytes, step, tables, budget).cache()
