@@ -4,6 +4,9 @@ Three kernels: `tpu_write` puts the new keys and values of longer rows into thei
 the leading rows of one query token, their writes included; `tpu_prefill` serves all other rows. The first and the last
 are left out of steps that are known to hold decodes alone.
 
+A page that a row writes to is that row's alone in the step: decode reads others' pages while it writes back tiles of 8
+to 32 tokens, of which only one is new.
+
 A page holds, for each key-value head, page_size rows of one key and one value side by side: a head's keys and values
 are whole tiles that a product takes as they are, and a page is one contiguous copy. Heads of 64 fill the 128 lanes
 together; their queries are padded with zeros where the values stand, and the sum of values comes out in the upper half.

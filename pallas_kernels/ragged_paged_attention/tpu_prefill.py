@@ -5,7 +5,8 @@ segment: one row's part of one block (`tpu_plan.segments`). Segments of a block 
 state; what is not the segment's own is masked. Keys and values come in blocks of pages through two buffers, the next
 block while one is computed, on into the next segment.
 
-Blocks of keys that all queries of a full block see whole skip the masks.
+Blocks of keys that all queries of a full block see whole skip the masks. Of a segment that is short, or sees few of the
+keys, only some parts of the block are computed.
 
 Bytes: a row's keys and values are read once for each of its blocks of queries. With 2048 tokens of 32 query heads, 8
 key-value heads of 128 lanes (blocks of 128 tokens: v5e) that is 16 times half the row, 71 MB instead of 8; the products
@@ -22,9 +23,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
 from .tpu_plan import segments
-from .tpu_sizes import LANES, PrefillSizes
+from .tpu_sizes import LANES, PrefillSizes, floor_pow2
 from .types import AttentionMetadata
 
+PART_ROWS = 128  # query rows, and at least PART_TOKENS tokens, of the parts of a block that a short row is cut to
+PART_TOKENS = 32
 NOTHING = -(2**30)  # a last key that stands for none
 
 
@@ -57,6 +60,7 @@ def _body(
     _, heads, keys, cache_lanes = buffers.shape
     group, lanes = q.shape[0] // heads, q.shape[2]
     tokens = sizes.tokens
+    part_tokens = min(tokens, max(PART_TOKENS, floor_pow2(PART_ROWS // group)))
     tile = 32 // buffers.dtype.itemsize
     pages_per_block = keys // page_size
     last_segment = pl.num_programs(1) - 1
@@ -123,36 +127,60 @@ def _body(
             place = pl.ds(pl.multiple_of(index * tile, tile), tile)
             buffers[buffer, :, place, :] = jnp.zeros((heads, tile, cache_lanes), buffers.dtype)
 
-    def attend(buffer, first_key, masked: bool):
-        if masked:  # the last key of the block that each query sees, in all lanes
-            token = lax.broadcasted_iota(jnp.int32, (group * tokens, LANES), 0) & (tokens - 1)
-            is_own = (token >= low) & (token < high)
-            last_seen = jnp.where(is_own, token + (origin - first_key), NOTHING)
+    def attend(head, buffer, at, width: int, last_seen):
+        """Lets `width` queries a head, from `at` of the block on, meet the keys of the buffer. last_seen: int32[group *
+        width, LANES], the last key of the buffer that each sees, in all lanes; None where each sees all."""
+        mine = pl.ds(at, width)
 
+        def flat(x):
+            return x.reshape(group * width, x.shape[2])
+
+        def put(ref, x):
+            ref[head, :, mine, :] = x.reshape(group, width, x.shape[1])
+
+        queries = flat(q[pl.ds(head * group, group), mine, :])
+        head_keys = buffers[buffer, head, :, :lanes].astype(queries.dtype)
+        values = buffers[buffer, head, :, cache_lanes - lanes :].astype(queries.dtype)
+        scores = to_log2(dot_transposed(queries, head_keys), scale[0], cap)
+        if last_seen is not None:
+            key = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            limit = widen(last_seen, keys)
+            visible = key <= limit
+            if window is not None:
+                visible &= key > limit - window
+            scores = jnp.where(visible, scores, LOWEST)
+        old = flat(highest[head, :, mine, :])
+        new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+        # Where a query has seen no key yet, masked keys weigh 1; the first that it sees scales that to nothing.
+        weights = jnp.exp2(scores - widen(new, keys))
+        rescale = jnp.exp2(old - new)
+        put(total, flat(total[head, :, mine, :]) * rescale + fold(weights))
+        put(highest, new)
+        before = flat(acc[head, :, mine, :])
+        after = before * widen(rescale, lanes) + dot(weights.astype(queries.dtype), values)
+        if last_seen is not None:
+            # Values that are not numbers must not reach another row's queries: zero times NaN is NaN.
+            after = jnp.where(widen(last_seen, lanes) > NOTHING, after, before)
+        put(acc, after)
+
+    def seen_from(at, width: int, first_key):
+        token = at + (lax.broadcasted_iota(jnp.int32, (group * width, LANES), 0) & (width - 1))
+        return jnp.where((token >= low) & (token < high), token + (origin - first_key), NOTHING)
+
+    def attend_whole(buffer, last_seen):
         @pl.loop(0, heads)
         def _head(head):
-            queries = q[pl.ds(head * group, group)].reshape(group * tokens, lanes)
-            head_keys = buffers[buffer, head, :, :lanes].astype(queries.dtype)
-            values = buffers[buffer, head, :, cache_lanes - lanes :].astype(queries.dtype)
-            scores = to_log2(dot_transposed(queries, head_keys), scale[0], cap)
-            if masked:
-                key = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-                limit = widen(last_seen, keys)
-                visible = key <= limit
-                if window is not None:
-                    visible &= key > limit - window
-                scores = jnp.where(visible, scores, LOWEST)
-            old = highest[head]
-            new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-            # Where a query has seen no key yet, masked keys weigh 1; the first that it sees scales that to nothing.
-            weights = jnp.exp2(scores - widen(new, keys))
-            rescale = jnp.exp2(old - new)
-            total[head] = total[head] * rescale + fold(weights)
-            highest[head] = new
-            before = acc[head]
-            after = before * widen(rescale, lanes) + dot(weights.astype(queries.dtype), values)
-            # Values that are not numbers must not reach another row's queries: zero times NaN is NaN.
-            acc[head] = jnp.where(widen(last_seen, lanes) > NOTHING, after, before) if masked else after
+            attend(head, buffer, 0, tokens, last_seen)
+
+    def attend_parts(buffer, first_key, first_part, parts_end):
+        @pl.loop(first_part, parts_end)
+        def _part(index):
+            at = pl.multiple_of(index * part_tokens, part_tokens)
+            last_seen = seen_from(at, part_tokens, first_key)
+
+            @pl.loop(0, heads)
+            def _head(head):
+                attend(head, buffer, at, part_tokens, last_seen)
 
     @pl.loop(0, num_blocks)
     def _block(block):
@@ -180,21 +208,41 @@ def _body(
         all_seen = (low == 0) & (high == tokens) & (first_key + keys <= origin + 1)
         if window is not None:
             all_seen &= first_key >= origin + tokens - window
-        pl.when(all_seen)(lambda: attend(buffer, first_key, masked=False))
-        pl.when(jnp.logical_not(all_seen))(lambda: attend(buffer, first_key, masked=True))
+        # The parts in which a query of the segment sees a key; all of them in one go where they are many.
+        first_part = lax.div(jnp.maximum(low, first_key - origin), part_tokens)
+        past_last = high
+        if window is not None:
+            past_last = jnp.minimum(high, first_key + keys - 1 + window - origin)
+        parts_end = cdiv(past_last, part_tokens)
+        few = (part_tokens < tokens) & (2 * (parts_end - first_part) * part_tokens <= tokens)
+
+        @pl.when(all_seen)
+        def _whole_without_masks():
+            attend_whole(buffer, None)
+
+        if part_tokens < tokens:
+
+            @pl.when(few)
+            def _parts():
+                attend_parts(buffer, first_key, first_part, parts_end)
+
+        @pl.when(jnp.logical_not(all_seen | few))
+        def _whole():
+            attend_whole(buffer, seen_from(0, tokens, first_key))
+
         state[0] = 1 - buffer
 
     @pl.when((segment == last_segment) | (blocks[after] != blocks[segment]))
     def _finish():
         @pl.loop(0, heads)
         def _head(head):
-            weight = jnp.sum(total[head], axis=1, keepdims=True)
+            weight = jnp.sum(total[head].reshape(group * tokens, LANES), axis=1, keepdims=True)
             if sinks is not None:
                 sink = sinks[pl.ds(head * group, group)] * LOG2E  # [group, 1, LANES]
                 sink = jnp.broadcast_to(sink, (group, tokens, LANES)).reshape(group * tokens, LANES)
-                weight = weight + jnp.exp2(sink[:, :1] - highest[head][:, :1])
+                weight = weight + jnp.exp2(sink[:, :1] - highest[head].reshape(group * tokens, LANES)[:, :1])
             weight = jnp.where(weight == 0.0, 1.0, weight)
-            result = (acc[head] / weight).astype(out.dtype)
+            result = (acc[head].reshape(group * tokens, lanes) / weight).astype(out.dtype)
             out[pl.ds(head * group, group)] = result.reshape(group, tokens, lanes)
 
 
@@ -262,9 +310,9 @@ def prefill(
             out_specs=block_spec(),
             scratch_shapes=[
                 pltpu.VMEM((2, heads, sizes.keys, cache_lanes), cache.dtype),
-                pltpu.VMEM((heads, group * tokens, LANES), jnp.float32),
-                pltpu.VMEM((heads, group * tokens, LANES), jnp.float32),
-                pltpu.VMEM((heads, group * tokens, lanes), jnp.float32),
+                pltpu.VMEM((heads, group, tokens, LANES), jnp.float32),
+                pltpu.VMEM((heads, group, tokens, LANES), jnp.float32),
+                pltpu.VMEM((heads, group, tokens, lanes), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],

@@ -73,6 +73,14 @@ def test_many_small_blocks(capfd):
     check(capfd, EVERYTHING, **SMALL)
 
 
+@pytest.mark.parametrize("window", [None, pytest.param(50, marks=pytest.mark.slow)])
+def test_short_rows_in_long_blocks(capfd, window):
+    """Blocks of 128 queries, of which rows of a few tokens, and keys that few see, take parts of 32."""
+    rows = ((1, 40), (3, 50), (40, 200), (2, 90), (130, 300))
+    case = Case(rows, num_heads=4, num_kv_heads=1, window=window, padding=9)
+    check(capfd, case, prefill_sizes=PrefillSizes(128, 64, 1))
+
+
 def test_heads_split_between_two_cores(capfd):
     """As on v4 and v5p: two cores run at once, each on its own heads."""
     case = dataclasses.replace(EVERYTHING, num_heads=6, head_dim=128, sinks=False, scales=False)
