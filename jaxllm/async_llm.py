@@ -52,7 +52,7 @@ class _Live:
 def _merge(first: CompletionOutput, second: CompletionOutput) -> None:
     first.text += second.text
     first.token_ids += second.token_ids
-    first.finish_reason, first.stop_reason = second.finish_reason, second.stop_reason
+    first.finish_reason, first.stop_reason, first.error = second.finish_reason, second.stop_reason, second.error
     if second.logprobs is not None:
         first.logprobs = [] if first.logprobs is None else first.logprobs
         first.logprobs += second.logprobs

@@ -42,7 +42,7 @@ class Request:
       stop_token_ids: every token that ends the request (end-of-sequence included unless ignored).
       seed: 64-bit unsigned; drawn at the door where the user gave none.
       priority: lower runs first under the priority policy.
-      arrival: seconds, only compared with each other.
+      arrival: seconds of the clock that `Scheduler.schedule` is given.
       cache_salt: requests of different salts share no pages.
       adapter: the LoRA adapter's name, part of the page hashes; None for the base model.
       leader: the request id whose prompt pages this one waits for and shares.
@@ -50,6 +50,7 @@ class Request:
       num_computed: tokens whose keys and values are, or by launched steps will be, in the cache.
       num_pending: sampled tokens that launched steps will bring and `finish` has not yet seen.
       num_cached: prompt tokens found in the prefix cache at first admission.
+      first_scheduled: when it was first admitted, on the same clock; 0 until then.
       num_preemptions: how often it lost its pages to another request.
       stop_token: the token that stopped it, if one did.
     The scheduler's own:
@@ -80,6 +81,7 @@ class Request:
     num_computed: int = 0
     num_pending: int = 0
     num_cached: int = 0
+    first_scheduled: float = 0.0
     num_preemptions: int = 0
     stop_token: int | None = None
     limit: int = 0

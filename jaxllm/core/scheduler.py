@@ -175,13 +175,13 @@ class Scheduler:
     def schedule(self, now: float) -> Batch | None:
         """The next step's batch, or None if nothing can be computed before a launched step is finished.
 
-        `now` is in seconds; no policy looks at it yet.
+        `now` is in seconds; no policy looks at it yet, it only marks when requests were first scheduled.
         """
         plan = _Plan(self.config.max_num_batched_tokens, [[] for _ in self.kv_cache.groups])
         if self.config.policy == "priority":
             self._preempt_for_priority()
         self._schedule_running(plan)
-        self._admit_waiting(plan)
+        self._admit_waiting(plan, now)
         if not plan.fed and not plan.ones and not plan.chunks:
             return None
         self._cut_to_rung(plan)
@@ -233,7 +233,7 @@ class Scheduler:
                 return 0
             self._preempt_worst()
 
-    def _admit_waiting(self, plan: _Plan) -> None:
+    def _admit_waiting(self, plan: _Plan, now: float) -> None:
         """Admits the best waiting requests, strictly in order: nobody overtakes one that waits for pages or a slot."""
         while plan.budget and not plan.pages_short and self._free_slots:
             request = self._waiting.best()
@@ -248,6 +248,7 @@ class Scheduler:
             self._num_waiting_tokens -= request.num_prompt_tokens
             insort(self._running, request, key=_rank)
             if request.num_preemptions == 0:
+                request.first_scheduled = now
                 self.kv_cache.record_query(request, prefix)
             self.kv_cache.attach(request, prefix, plan.page_updates)
             self._wake_followers_if_computed(request)

@@ -15,6 +15,7 @@ from jaxllm.core.kv_cache import KVCache
 from jaxllm.core.request import FINISH_REASONS, Request, Status
 from jaxllm.core.scheduler import Scheduler, Update
 from jaxllm.engine.executables import warm_up_order
+from jaxllm.engine.figures import StepFigures
 from jaxllm.engine.messages import (
     AddRequest,
     Finish,
@@ -58,6 +59,8 @@ class EngineCore:
         self._bad_words: dict[str, list[list[int]]] = {}
         self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}
         self._previous: Launched | None = None
+        self._launched_at = 0.0  # the previous step
+        self._figures = StepFigures()
         self._search = CulpritSearch()
         self._outbox: list[SequenceOutput | UtilityResult] = []
         self._ids: list[str] = []  # see StepOutputs
@@ -156,6 +159,8 @@ class EngineCore:
             "scheduled_tokens": runner.num_scheduled_tokens,
             "padded_tokens": runner.num_padded_tokens,
             "late_compilations": runner.executables.num_late,
+            "step_seconds": self._figures.seconds.json(),
+            "step_tokens": self._figures.tokens.json(),
         }
 
     def utility_reset_prefix_cache(self) -> None:
@@ -195,12 +200,14 @@ class EngineCore:
             self._warm_up = False  # after the first step has what it needs
             self.runner.executables.prepare(warm_up_order(self.runner.plan))
         previous, self._previous = self._previous, launched
+        launched_at, self._launched_at = self._launched_at, now
         if previous is not None:
             try:
                 results = self.runner.read(previous)
             except Exception as error:
                 self._recover(previous.batches, error)
                 return self._drain()
+            self._figures.read(launched_at, sum(batch.num_tokens for batch in previous.batches if batch is not None))
             self._search.step_passed()
             self._take(previous, results)
         return self._drain()
@@ -260,6 +267,7 @@ class EngineCore:
     def _output(self, update: Update, result: RowDetail | None) -> SequenceOutput:
         request = update.request
         output = SequenceOutput(request.id, update.new_tokens, num_cached_tokens=request.num_cached)
+        output.queue_time = request.first_scheduled - request.arrival
         if result is not None and result.logprobs:
             pairs = zip(update.new_tokens, result.logprobs, strict=False)
             output.logprobs = [_logprobs(token, entry) for token, entry in pairs]

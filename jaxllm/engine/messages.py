@@ -63,6 +63,7 @@ class SequenceOutput:
     """What one step brought for one request.
 
     `prompt_logprobs` come once, with the first output, for prompt positions from 1 on.
+    `queue_time` is how many seconds passed between the request's arrival and its first step.
     `finish_reason` is "stop", "length", "abort" or "error"; `error` says what went wrong. A refused request brings
     `refused`, (field, value, limit), or `queue_full`.
     """
@@ -74,6 +75,7 @@ class SequenceOutput:
     finish_reason: str | None = None
     stop_token: int | None = None
     num_cached_tokens: int = 0
+    queue_time: float = 0.0
     error: str | None = None
     refused: tuple[str, str, str] | None = None
     queue_full: bool = False

@@ -83,9 +83,9 @@ class RequestCollector:
             message.token_ids, finished=message.finish_reason is not None, stop_token=by_stop_token
         )
         delta.text, delta.token_ids = change.text, message.token_ids[: change.num_tokens]
-        delta.finish_reason = message.finish_reason
+        delta.finish_reason, delta.error = message.finish_reason, message.error
         if change.stop_string is not None:
-            delta.finish_reason, delta.stop_reason = "stop", change.stop_string
+            delta.finish_reason, delta.stop_reason, delta.error = "stop", change.stop_string, None
             self.to_stop.append(message.id)
         elif by_stop_token and message.stop_token not in self._eos:
             delta.stop_reason = message.stop_token
@@ -95,6 +95,8 @@ class RequestCollector:
         if message.prompt_logprobs is not None:
             delta.prompt_logprobs = [None, *map(self._logprobs, message.prompt_logprobs)]
             self.output.prompt_logprobs = delta.prompt_logprobs
+        if self.output.queue_time is None and message.token_ids:
+            self.output.queue_time = message.queue_time
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, message.num_cached_tokens)
         self._extend(sample, delta)
         return delta
@@ -120,6 +122,7 @@ class RequestCollector:
 
     def _end(self, sample: CompletionOutput, delta: CompletionOutput) -> None:
         sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
+        sample.error = delta.error
         sample.text = self._texts[sample.index].text
         self.output.finished = all(other.finished for other in self.output.outputs)
 

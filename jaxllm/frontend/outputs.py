@@ -30,6 +30,7 @@ class CompletionOutput:
       logprobs: for each token a dict from token id to Logprob: the token itself and the most likely ones.
       finish_reason: "stop", "length", "abort" or "error"; None while it runs.
       stop_reason: the stop string or stop token id that ended it; None for end-of-sequence.
+      error: with finish_reason "error", what went wrong.
       prompt_logprobs: in a stream of deltas the prompt's, with the first one; else see `RequestOutput`.
     """
 
@@ -41,6 +42,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -59,6 +61,7 @@ class RequestOutput:
       outputs: the n samples, by index.
       finished: all of them have ended.
       num_cached_tokens: prompt tokens found in the prefix cache.
+      queue_time: seconds from the request's arrival to its first step, of the first sample; None until its first token.
     """
 
     request_id: str
@@ -68,3 +71,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    queue_time: float | None = None

@@ -159,7 +159,7 @@ async def _run_row(services: Services, number: int, line: bytes, seen: set[str])
         raise
     except Exception as error:
         failure = api_error(error)
-        if failure.status == 500:
+        if failure.status == 500 and failure is not error:
             raise
         body, status = failure.body(), failure.status
     response = {"status_code": status, "request_id": context.request_id, "body": body}

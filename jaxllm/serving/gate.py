@@ -52,7 +52,7 @@ class Gate:
             context.log["cut_off"] = True
         except Exception as error:
             failure = api_error(error)
-            if failure.status == 500:
+            if failure.status == 500 and failure is not error:
                 logger.exception("request %s", context.request_id)
             if not status:
                 await error_response(failure)(scope, receive, sending)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.frontend.outputs import CompletionOutput
 from jaxllm.serving.context import Context
+from jaxllm.serving.errors import ApiError
 from jaxllm.serving.services import Services
 
 FIRST_WAIT = 0.05  # seconds that the answer's status waits for the engine's refusal
@@ -34,6 +35,8 @@ class Usage:
 
 class Generation:
     """The samples of some prompts. Choice `prompt * n + sample` is that sample of that prompt.
+
+    A sample that ends with finish_reason "error" ends all of it: iterating raises ApiError with the engine's words.
 
     Use: `await start()`, then iterate, then `await close()` in any case: what has not ended is aborted.
     """
@@ -149,6 +152,9 @@ class Generation:
         output = self._services.llm.live_output(f"{self._context.number}.{position}")
         if output is not None:
             self.usage.cached_tokens += output.num_cached_tokens
+            if output.queue_time is not None:
+                self._metrics.queue_time.observe(output.queue_time)
+                self._context.log.setdefault("queue_s", round(output.queue_time, 6))
         self._ticket.started()
 
     def _measure(self, index: int, delta: CompletionOutput) -> None:
@@ -167,6 +173,8 @@ class Generation:
             self._last[index] = now
         if delta.finish_reason is not None:
             self._end(index, delta.finish_reason, now)
+            if delta.finish_reason == "error":
+                raise ApiError(500, delta.error or "the engine has given up this sample", None, "generation_error")
 
     def _end(self, index: int, reason: str, now: float) -> None:
         metrics, count = self._metrics, self._counts[index]

@@ -1,10 +1,12 @@
 """Prometheus metrics, under vLLM's names with the prefix `jaxllm:`."""
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 PREFIX = "jaxllm:"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -26,6 +28,10 @@ COUNTERS = (
     ("engine_scheduled_tokens", "Tokens that went through the model.", "scheduled_tokens"),
     ("engine_padded_tokens", "The same with padding.", "padded_tokens"),
     ("late_compilations", "Executables compiled while serving.", "late_compilations"),
+)
+HISTOGRAMS = (
+    ("engine_step_seconds", "Seconds of a step; their sum is the time in which a step was under way.", "step_seconds"),
+    ("engine_step_tokens", "Tokens of a step, padding left out.", "step_tokens"),
 )
 
 
@@ -55,6 +61,9 @@ class Metrics:
         self._success = counter("request_success", "Samples by finish reason.", "finished_reason")
         self._http = counter("http_requests", "HTTP answers.", "path", "status")
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "Arrival at the engine to a request's first step.", _TTFT
+        )
         self.itl = histogram("inter_token_latency_seconds", "Between two outputs of a sample.", _ITL)
         self.tpot = histogram("request_time_per_output_token_seconds", "A sample's mean time for a token.", _ITL)
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to end.", _LONG)
@@ -82,6 +91,9 @@ class Metrics:
                 counter = CounterMetricFamily(PREFIX + name, help, labels=["model_name"])
                 counter.add_metric([self._model], stats[key])
                 yield counter
+        for name, help, key in HISTOGRAMS:
+            if key in stats:
+                yield self._histogram(name, help, stats[key])
         counter = CounterMetricFamily(PREFIX + "generation_tokens", "Tokens generated.", labels=["model_name"])
         counter.add_metric([self._model], self.generated)
         yield counter
@@ -93,3 +105,10 @@ class Metrics:
             gauge = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
             gauge.add_metric([self._model], value)
             yield gauge
+
+    def _histogram(self, name: str, help: str, figures: dict[str, Any]) -> Metric:
+        """One that the engine has counted, see `jaxllm.engine.figures.Histogram`."""
+        family = HistogramMetricFamily(PREFIX + name, help, labels=["model_name"])
+        bounds = [*map(floatToGoString, figures["bounds"]), "+Inf"]
+        family.add_metric([self._model], list(zip(bounds, accumulate(figures["counts"]), strict=True)), figures["sum"])
+        return family

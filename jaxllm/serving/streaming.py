@@ -147,7 +147,7 @@ class EventStream(Response):
             last = first + answer.end()
         except Exception as error:
             failure = api_error(error)
-            if failure.status == 500:
+            if failure.status == 500 and failure is not error:
                 logger.exception("a stream has failed")
             last = answer.error(failure)
         await send({"type": "http.response.body", "body": last, "more_body": False})

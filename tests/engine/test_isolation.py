@@ -65,7 +65,7 @@ def test_nan_in_the_middle_of_a_stream(own):
     assert [token for delta in fine for token in delta.token_ids] == expected
     deltas = list(broken)
     assert [token for delta in deltas for token in delta.token_ids] == [bad]
-    assert deltas[-1].finish_reason == "error"
+    assert deltas[-1].finish_reason == "error" and "NaN" in (deltas[-1].error or "")
 
 
 def test_a_request_without_any_token_left_ends_with_an_error(own):
