@@ -125,7 +125,7 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     rungs = config.token_rungs or memory.default_rungs(budget, on_cpu)
 
     layers = model.layer_caches()
-    weight_bytes = _weight_elements(model) * dtype.itemsize
+    weight_bytes = weight_elements(model) * dtype.itemsize
     cache_bytes = config.kv_cache_memory_bytes or (
         CPU_CACHE_BYTES if on_cpu else _memory_left(config, model, weight_bytes, budget, max_num_seqs, dtype)
     )
@@ -149,7 +149,7 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     return plan
 
 
-def _weight_elements(model: CausalLM) -> int:
+def weight_elements(model: CausalLM) -> int:
     """Elements of all parameters on one device."""
     total = 0
     for parameter in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Param)):

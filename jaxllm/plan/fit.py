@@ -1,7 +1,8 @@
 """What of a model lies on each device of a mesh, and how much cache is left: the engine's arithmetic, no device."""
 
+import contextlib
 import dataclasses
-import math
+import functools
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.bench.floor import ModelCost
@@ -15,29 +16,35 @@ from jaxllm.plan.times import Clock
 
 if TYPE_CHECKING:
     from jaxllm.models.config import DecoderConfig
-    from jaxllm.models.decoder import LayerCache
+    from jaxllm.models.decoder import CausalLM, LayerCache
 
 DTYPES = {"auto": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}  # what accelerators make of them
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
+class Shard:
+    """One tensor shard of a model: how many parameters it holds, and what each layer keeps there."""
+
+    elements: int
+    layers: tuple["LayerCache", ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """What a plan must know of a model.
 
     Attributes:
       name: as users call it.
+      family: its class.
       config: its sizes.
-      shapes: of all parameters.
-      layers: what each layer keeps.
       cost: on one device, in the plan's dtype.
       dtype: "bfloat16" or "float32".
     """
 
     name: str
+    family: "type[CausalLM]"
     config: "DecoderConfig"
-    shapes: tuple[tuple[int, ...], ...]
-    layers: tuple["LayerCache", ...]
     cost: ModelCost
     dtype: str
 
@@ -45,34 +52,43 @@ class Model:
     def itemsize(self) -> int:
         return ITEMSIZES[self.dtype]
 
+    @functools.cached_property
+    def _shards(self) -> dict[int, Shard]:
+        return {}
+
+    def shard(self, tensor: int) -> Shard:
+        """One of so many tensor shards, as the engine cuts them. Raises ConfigError if the model does not divide so."""
+        import jax.numpy as jnp
+
+        from jaxllm.engine.resolve import weight_elements
+
+        if tensor not in self._shards:
+            model = self.family(self.config.for_shards(tensor), dtype=jnp.dtype(self.dtype))
+            self._shards[tensor] = Shard(weight_elements(model), model.layer_caches())
+        return self._shards[tensor]
+
 
 def read_model(name: str, hf: dict[str, Any], dtype: str) -> Model:
     """A model from the contents of its config.json. JAX is imported and no device of it is touched.
 
     Raises UnsupportedModelError for what jaxllm does not run.
     """
-    import jax
-    import jax.numpy as jnp
-
     from jaxllm.models.registry import model_class
 
     family = model_class(hf)
     config = family.parse_config(hf)
-    model = family(config, dtype=jnp.dtype(dtype))
-    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(model))
     cost = ModelCost.from_config(hf, ITEMSIZES[dtype], config.windows)
-    return Model(name, config, shapes, model.layer_caches(), cost, dtype)
+    return Model(name, family, config, cost, dtype)
 
 
 def tensor_sizes(config: "DecoderConfig", most: int) -> list[int]:
-    """Tensor shards, `most` at most, over which the model divides: query heads and the MLP's width evenly; key-value
-    heads evenly too, or the shards over them, which then hold copies."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return [
-        size
-        for size in range(1, most + 1)
-        if heads % size == 0 and config.intermediate_size % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-    ]
+    """Tensor shards, `most` at most, over which the model divides."""
+    found = []
+    for size in range(1, min(most, config.num_attention_heads) + 1):
+        with contextlib.suppress(ConfigError):
+            config.for_shards(size)
+            found.append(size)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,28 +137,24 @@ def fit(model: Model, chip: Chip, config: EngineConfig, *, data: int, tensor: in
       ConfigError: options or a mesh that the model does not allow.
       OutOfMemoryError: weights, steps and the cache of one request do not fit: the message shows the sum.
     """
-    shape, itemsize = model.config, model.itemsize
-    limit = shape.max_position_embeddings
+    limit = model.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
-    if tensor not in tensor_sizes(shape, tensor):
-        allowed = ", ".join(map(str, tensor_sizes(shape, shape.num_attention_heads)))
-        raise ConfigError(f"tensor_parallel_size={tensor}: {model.name} divides over {allowed}")
+    shape, part = model.config.for_shards(tensor), model.shard(tensor)
     max_num_seqs, step_tokens = memory.default_limits(config, on_cpu=False)
-    vocab = cdiv(shape.vocab_size, tensor)
     budget = memory.Budget(
         limit=chip.device_limit,
         utilization=config.memory_utilization,
-        weights=_weights(model, tensor),
+        weights=part.elements * model.itemsize,
         step=memory.step_bytes(
             step_tokens,
             max_num_seqs,
             hidden_size=shape.hidden_size,
             intermediate_size=shape.intermediate_size // tensor,
-            vocab_size=vocab,
-            itemsize=itemsize,
+            vocab_size=shape.shard_vocab,
+            itemsize=model.itemsize,
         ),
-        tables=memory.table_bytes(max_num_seqs, vocab, config.max_model_len or limit),
+        tables=memory.table_bytes(max_num_seqs, shape.shard_vocab, config.max_model_len or limit),
         step_tokens=step_tokens,
     )
     left = budget.cache()
@@ -152,10 +164,10 @@ def fit(model: Model, chip: Chip, config: EngineConfig, *, data: int, tensor: in
             f"kv_cache_memory_bytes={cache_bytes}: {left} bytes are left of {chip.name}'s "
             f"{config.memory_utilization:.0%} of {budget.limit / 1e9:.1f} GB"
         )
-    windows = {layer.group: layer.window for layer in model.layers}
+    windows = {layer.group: layer.window for layer in part.layers}
     groups = memory.cache_groups(
         windows,
-        {group: _page_bytes(model, group, chip, config, tensor) for group in windows},
+        {group: _page_bytes(model, part, group, chip, config) for group in windows},
         cache_bytes,
         page_size=config.page_size,
         max_num_seqs=max_num_seqs,
@@ -175,27 +187,7 @@ def fit(model: Model, chip: Chip, config: EngineConfig, *, data: int, tensor: in
     return Fit(data, tensor, budget, cache_bytes, groups, scheduler, decodes)
 
 
-def _copies(model: Model, tensor: int) -> int:
-    """How often each key-value head lies on the shards."""
-    return max(1, tensor // model.config.num_key_value_heads)
-
-
-def _weights(model: Model, tensor: int) -> int:
-    """Bytes of a shard's weights: matrices are cut (the vocabulary is padded, key-value heads may be copied), vectors
-    are not."""
-    shape = model.config
-    total = 0
-    for size in model.shapes:
-        if len(size) < 2:
-            total += math.prod(size)
-            continue
-        cut = [cdiv(extent, tensor) if extent == shape.vocab_size else extent for extent in size]
-        total += math.prod(cut) if shape.vocab_size in size else cdiv(math.prod(size), tensor)
-    copied = 2 * shape.num_key_value_heads * shape.head_dim * shape.hidden_size * (_copies(model, tensor) - 1)
-    return model.itemsize * (total + shape.num_hidden_layers * copied // tensor)
-
-
-def _page_bytes(model: Model, group: int, chip: Chip, config: EngineConfig, tensor: int) -> int:
+def _page_bytes(model: Model, part: Shard, group: int, chip: Chip, config: EngineConfig) -> int:
     """Bytes of one page in a shard of all layers of a group, in the layout of the chip's attention backend."""
     import jax.numpy as jnp
 
@@ -203,10 +195,9 @@ def _page_bytes(model: Model, group: int, chip: Chip, config: EngineConfig, tens
 
     backend = config.attention_backend or chip.attention_backend
     total = 0
-    for layer in model.layers:
+    for layer in part.layers:
         if layer.group == group:
-            heads = max(1, layer.num_kv_heads // tensor)
-            spec = CacheSpec(1, config.page_size, heads, layer.head_dim, jnp.dtype(model.dtype))
+            spec = CacheSpec(1, config.page_size, layer.num_kv_heads, layer.head_dim, jnp.dtype(model.dtype))
             try:
                 total += cache_shape(spec, backend).size * model.itemsize
             except ValueError as error:
@@ -221,7 +212,7 @@ def clock(model: Model, chip: Chip, calibration: Calibration | None, tensor: int
         calibration,
         model.cost,
         tensor,
-        kv_copies=_copies(model, tensor),
+        kv_copies=model.config.for_shards(tensor).kv_copies,
         hidden_size=model.config.hidden_size,
         vocab_size=model.config.vocab_size,
     )

@@ -197,7 +197,7 @@ def make_plan(
 
 def chips_needed(model: Model, chip: Chip, config: EngineConfig, num_tokens: int) -> int | None:
     """The fewest chips on which one request of so many tokens runs; None: more than tensor shards can join."""
-    for shards in tensor_sizes(model.config, min(chip.domain * chip.devices, model.config.num_attention_heads)):
+    for shards in tensor_sizes(model.config, chip.domain * chip.devices):
         if shards > 1 and shards % chip.devices:
             continue  # a part of a chip would lie idle
         ranks = chip.devices if shards < chip.devices else 1

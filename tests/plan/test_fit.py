@@ -37,7 +37,8 @@ def fit_one(name: str, where: str | Chip, **options) -> Fit:
 @pytest.mark.parametrize("name", ["h100", "v6e", "l4"])
 @pytest.mark.parametrize("hf", [SMALL, WINDOWED], ids=["full", "windows"])
 @pytest.mark.parametrize("options", [{}, {"max_model_len": 1000, "max_num_seqs": 7, "page_size": 32}])
-def test_the_engine_plans_the_same(monkeypatch, name, hf, options):
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_the_engine_plans_the_same(monkeypatch, name, hf, options, tensor):
     there = chip(name)
     device = SimpleNamespace(
         platform=there.platform,
@@ -49,8 +50,10 @@ def test_the_engine_plans_the_same(monkeypatch, name, hf, options):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     family = model_class(hf)
-    engine = plan_engine(config(**options), family(family.parse_config(hf), dtype=jnp.bfloat16))
-    here = fit_one("small" if hf is SMALL else "windowed", there, **options)
+    shards = family(family.parse_config(hf).for_shards(tensor), dtype=jnp.bfloat16)
+    engine = plan_engine(config(tensor_parallel_size=tensor, **options), shards)
+    small = model("small" if hf is SMALL else "windowed")
+    here = fit(small, there, config(**options), data=1, tensor=tensor)
     assert engine.backend == there.attention_backend
     assert here.groups == engine.groups
     assert here.scheduler == engine.scheduler
@@ -139,7 +142,7 @@ def test_meshes_that_do_not_divide_are_refused(sizes, told):
 
 
 def test_sizes_that_do_not_divide_the_model_are_refused():
-    with pytest.raises(ConfigError, match="tensor_parallel_size=3: small divides over 1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=3: must divide .* this model allows 1, 2, 4, 8"):
         make_plan(model("small"), chip("v6e"), config(), None, chips=3, tensor=3)
     with pytest.raises(ConfigError, match="NVSwitch joins 8 devices of h100 at most"):
         make_plan(model("small"), chip("h100"), config(), None, chips=16, tensor=16)
