@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxllm.async_llm import AsyncLLM
     from jaxllm.config import EngineConfig
+    from jaxllm.core.pooling_params import PoolingParams
     from jaxllm.core.sampling_params import SamplingParams
     from jaxllm.frontend.beam_search import BeamSearchParams
     from jaxllm.frontend.inputs import TokensPrompt
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {  # imported when first touched, so that `import jaxllm` costs nothing
     "LLM": "jaxllm.llm",
     "AsyncLLM": "jaxllm.async_llm",
+    "PoolingParams": "jaxllm.core.pooling_params",
     "SamplingParams": "jaxllm.core.sampling_params",
     "BeamSearchParams": "jaxllm.frontend.beam_search",
     "TokensPrompt": "jaxllm.frontend.inputs",
@@ -31,6 +33,7 @@ __all__ = [
     "CompletionOutput",
     "EngineConfig",
     "Logprob",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "TokensPrompt",

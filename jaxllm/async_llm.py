@@ -9,13 +9,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from jaxllm.config import EngineConfig, config_from
+from jaxllm.core.pooling_params import PoolingParams
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.messages import Finish, SequenceOutput, StepOutputs, Utility, UtilityResult
 from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, JaxllmError
 from jaxllm.frontend.collector import RequestCollector
+from jaxllm.frontend.embedding import embedding_output
 from jaxllm.frontend.engine import FrontEngine, Message, start_engine
 from jaxllm.frontend.inputs import Prompt
-from jaxllm.frontend.outputs import CompletionOutput, RequestOutput
+from jaxllm.frontend.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class AsyncLLM:
     async def generate(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -214,14 +216,29 @@ class AsyncLLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
         """`generate`, read to its end: the whole output."""
+        return (await self._read_to_end(prompt, sampling_params, options)).snapshot()
+
+    async def embed(
+        self, prompt: Prompt, pooling_params: PoolingParams | None = None, **options: Any
+    ) -> EmbeddingRequestOutput:
+        """One prompt's vector, see `LLM.embed`; options as in `generate`. Cancelling it aborts the request."""
+        params = pooling_params or PoolingParams()
+        if not isinstance(params, PoolingParams):
+            raise InvalidRequestError("pooling_params", params, "must be a PoolingParams")
+        return embedding_output(await self._read_to_end(prompt, params, options), params)
+
+    async def _read_to_end(
+        self, prompt: Prompt, params: SamplingParams | PoolingParams | None, options: dict[str, Any]
+    ) -> RequestCollector:
         if options.get("request_id") is None:
             options["request_id"] = f"complete-{next(self._calls)}"
         request_id = options["request_id"]
         collector: RequestCollector | None = None
-        async for _ in self.generate(prompt, sampling_params, **options):
-            collector = collector or self._requests[request_id].collector
+        async with contextlib.aclosing(self.generate(prompt, params, **options)) as deltas:  # type: ignore[type-var]
+            async for _ in deltas:
+                collector = collector or self._requests[request_id].collector
         assert collector is not None, "a request ends with at least one delta"
-        return collector.snapshot()
+        return collector
 
     async def abort(self, request_id: str) -> None:
         """Ends a request with finish_reason "abort"; unknown ids are ignored."""
@@ -237,6 +254,10 @@ class AsyncLLM:
     async def warm_up(self) -> int:
         """As in `LLM.warm_up`."""
         return await self._call("warm_up")
+
+    async def reset_prefix_cache(self) -> None:
+        """As in `LLM.reset_prefix_cache`."""
+        await self._call("reset_prefix_cache")
 
     async def _call(self, name: str) -> Any:
         if self._dead is not None:

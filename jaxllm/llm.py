@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import config_from
 from jaxllm.core.expected import Expected
+from jaxllm.core.pooling_params import PoolingParams
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine import heap
 from jaxllm.engine.messages import Finish, StepOutputs, Utility, UtilityResult
 from jaxllm.errors import EngineDeadError, InvalidRequestError
 from jaxllm.frontend.collector import RequestCollector
+from jaxllm.frontend.embedding import embedding_output
 from jaxllm.frontend.engine import FrontEngine, Message, start_engine
 from jaxllm.frontend.inputs import PreparedRequest, Prompt
-from jaxllm.frontend.outputs import CompletionOutput, RequestOutput
+from jaxllm.frontend.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
 from jaxllm.frontend.progress import TokenProgress
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ class LLM:
             self._builder.build(prompt, p, priority=rank, cache_salt=cache_salt)
             for prompt, p, rank in zip(listed, params, priorities, strict=True)
         ]
-        return self._run(prepared, use_tqdm)
+        return [collector.snapshot() for collector in self._run(prepared, use_tqdm)]
 
     def chat(
         self,
@@ -175,6 +177,26 @@ class LLM:
         finally:
             del self._deltas[prepared.request_id]
             self._withdraw([collector])
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = False,
+        cache_salt: str = "",
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector a prompt, see `PoolingParams`; in the prompts' order.
+
+        Raises:
+          InvalidRequestError: any prompt is refused; then nothing has been started.
+          JaxllmError: the engine gave a prompt up.
+        """
+        params = pooling_params or PoolingParams()
+        if not isinstance(params, PoolingParams):
+            raise InvalidRequestError("pooling_params", params, "must be a PoolingParams")
+        prepared = [self._builder.build(prompt, params, cache_salt=cache_salt) for prompt in _listed(prompts)]
+        return [embedding_output(collector, params) for collector in self._run(prepared, use_tqdm)]
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: "BeamSearchParams") -> list["BeamSearchOutput"]:
         """The most likely continuations of prompts, see `jaxllm.frontend.beam_search`; in the prompts' order.
@@ -285,7 +307,8 @@ class LLM:
             self._client.send(Finish(collector.to_stop, reason="stop"))
             collector.to_stop = []
 
-    def _run(self, prepared: list[PreparedRequest], show: bool) -> list[RequestOutput]:
+    def _run(self, prepared: list[PreparedRequest], show: bool) -> list[RequestCollector]:
+        """Submits requests and turns the engine until all have ended. Raises what the core refuses one with."""
         collectors: list[RequestCollector] = []
         try:
             for request in prepared:
@@ -303,7 +326,7 @@ class LLM:
         for collector in collectors:
             if collector.error is not None:
                 raise collector.error
-        return [collector.snapshot() for collector in collectors]
+        return collectors
 
 
 def _drain(deltas: list[CompletionOutput]) -> Iterator[CompletionOutput]:

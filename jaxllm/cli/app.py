@@ -8,6 +8,7 @@ from jaxllm.cli.generate import generate
 from jaxllm.cli.plan import plan
 from jaxllm.cli.run_batch import run_batch
 from jaxllm.cli.serve import serve
+from jaxllm.cli.top import top
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command()(generate)
@@ -15,6 +16,7 @@ app.command()(chat)
 app.command()(plan)
 app.command()(serve)
 app.command("run-batch")(run_batch)
+app.command()(top)
 app.add_typer(bench.app, name="bench")
 
 

@@ -46,6 +46,7 @@ class Request:
       cache_salt: requests of different salts share no pages.
       adapter: the LoRA adapter's name, part of the page hashes; None for the base model.
       leader: the request id whose prompt pages this one waits for and shares.
+      pooling: its last hidden row is wanted, not the token sampled from it.
       slot: the row of the device's state that it owns while running, else -1.
       num_computed: tokens whose keys and values are, or by launched steps will be, in the cache.
       num_pending: sampled tokens that launched steps will bring and `finish` has not yet seen.
@@ -76,6 +77,7 @@ class Request:
     cache_salt: str = ""
     adapter: str | None = None
     leader: str | None = None
+    pooling: bool = False
     status: Status = Status.WAITING
     slot: int = -1
     num_computed: int = 0

@@ -271,6 +271,8 @@ class EngineCore:
         if result is not None and result.logprobs:
             pairs = zip(update.new_tokens, result.logprobs, strict=False)
             output.logprobs = [_logprobs(token, entry) for token, entry in pairs]
+        if result is not None and result.embedding is not None:
+            output.embedding = result.embedding.tobytes()
         collected = self._prompt_logprobs.pop(request.id, None)
         if collected is not None:
             output.prompt_logprobs = [collected[position] for position in range(1, request.num_prompt_tokens)]
@@ -306,6 +308,7 @@ def _request(message: AddRequest) -> Request:
         cache_salt=message.cache_salt,
         adapter=message.adapter,
         leader=message.leader,
+        pooling=message.pooling,
     )
 
 

@@ -18,6 +18,7 @@ from jaxllm.engine.executables import (
     Forward,
     Lowering,
     MakeTables,
+    Pool,
     Sample,
     Stage,
     UpdatePages,
@@ -86,6 +87,10 @@ class Device:
         run = self.executables.get(Wide(hidden.shape[0] // self._lowering.ranks, k))
         index_array, target_array = jax.device_put((index, targets), self._everywhere)
         return run(self.leaves, hidden, index_array, target_array)
+
+    def pool(self, last_hidden: jax.Array, index: np.ndarray) -> jax.Array:
+        """float32[POOL_ROWS, embed], rows `index` of `last_hidden`: a copy, since the next step takes the buffer."""
+        return self.executables.get(Pool())(last_hidden, jax.device_put(index, self._everywhere))
 
     def update_pages(self, block: np.ndarray) -> None:
         """block: int32[ranks, G, MANY_UPDATES, 3], page updates beyond those that travel with a step."""

@@ -27,6 +27,7 @@ from pallas_kernels.ragged_paged_attention import cache_shape
 from sharding import DATA, TENSOR
 
 WIDE_ROWS = 64  # rows of logits that a wide-logprobs executable holds at a time
+POOL_ROWS = 64  # last hidden rows that are read at a time
 SAMPLER_TABLES = ("bias", "stop_mask", "bad_words")
 VOCAB_TABLES = ("bias", "stop_mask")  # whose columns are the vocabulary
 PER_DEVICE = P((DATA, TENSOR))
@@ -77,6 +78,11 @@ class Wide:
 
     num_hidden: int
     k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Reading POOL_ROWS of the rows' last hidden rows, for embeddings."""
 
 
 def row_rungs(max_num_seqs: int) -> tuple[int, ...]:
@@ -239,6 +245,11 @@ class Lowering:
         )
         return run.lower(self.leaves, self.hidden(key.num_hidden), rows, rows)
 
+    def _pool(self, key: Pool):
+        rows = self._array((POOL_ROWS,), jnp.int32, P())
+        run = jax.jit(lambda hidden, index: hidden[index].astype(jnp.float32))
+        return run.lower(self.hidden(self.plan.scheduler.max_num_seqs), rows)
+
 
 def smallest_decode(plan: EnginePlan) -> Forward:
     """The step that a single running request takes."""
@@ -254,5 +265,5 @@ def warm_up_order(plan: EnginePlan) -> list[Any]:
     steps = [Forward(rung) for rung in rungs] + [Forward(rung, True) for rung in plan.decode_rungs]
     keys += sorted(steps, key=lambda step: (-step.num_tokens, step.decodes_only))
     keys += [Sample(count, variant) for variant in VARIANTS for count in reversed(rows)]
-    keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages()]
+    keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages(), Pool()]
     return list(dict.fromkeys(keys))

@@ -29,6 +29,7 @@ class AddRequest:
     cache_salt: str = ""
     adapter: str | None = None
     leader: str | None = None
+    pooling: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,6 +63,8 @@ class Logprobs:
 class SequenceOutput:
     """What one step brought for one request.
 
+    `embedding` is the last hidden row of a pooling request, float32 in this machine's byte order.
+
     `prompt_logprobs` come once, with the first output, for prompt positions from 1 on.
     `queue_time` is how many seconds passed between the request's arrival and its first step.
     `finish_reason` is "stop", "length", "abort" or "error"; `error` says what went wrong. A refused request brings
@@ -76,6 +79,7 @@ class SequenceOutput:
     stop_token: int | None = None
     num_cached_tokens: int = 0
     queue_time: float = 0.0
+    embedding: bytes | None = None
     error: str | None = None
     refused: tuple[str, str, str] | None = None
     queue_full: bool = False

@@ -26,11 +26,13 @@ class RowDetail:
     Attributes:
       logprobs: one a token, if asked for.
       prompt_logprobs: (position, logprobs) of prompt tokens, where asked for.
+      embedding: float32[embed], the last hidden row of a pooling request.
       finite: False if the row's logits held NaN or infinity, or no token was left to choose.
     """
 
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[tuple[int, TokenLogprobs]] = dataclasses.field(default_factory=list)
+    embedding: np.ndarray | None = None
     finite: bool = True
 
 

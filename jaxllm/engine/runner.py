@@ -15,6 +15,7 @@ from jaxllm.engine.compile import Executables
 from jaxllm.engine.device import Device
 from jaxllm.engine.executables import MANY_UPDATES, Forward, Sample, row_rungs, warm_up_order
 from jaxllm.engine.layout import StepLayout
+from jaxllm.engine.pooling import PoolRead, launch_pooling, read_pooling
 from jaxllm.engine.resolve import EnginePlan
 from jaxllm.engine.results import StepResult, read_rank
 from jaxllm.engine.sampling import (
@@ -43,6 +44,7 @@ class Launched:
     output: jax.Array
     num_rows: int
     wide: list[WideRead]
+    pooling: list[PoolRead]
 
 
 class Runner:
@@ -96,7 +98,10 @@ class Runner:
         if need & _WIDE:
             sizes = WideSizes(sample.num_rows, self.plan.scheduler.max_num_seqs, forward.num_tokens, self.vocab_size)
             wide = launch_wide(self.device, batches, buffers, output, sizes)
-        return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide)
+        pooling = []
+        if need & _POOLING:
+            pooling = launch_pooling(self.device, batches, buffers.last_hidden, self.plan.scheduler.max_num_seqs)
+        return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide, pooling)
 
     def rehearse(self) -> None:
         """See `Device.rehearse`; for everything that serving may meet."""
@@ -113,7 +118,7 @@ class Runner:
 
     def _sample_key(self, num_rows: int, need: int) -> Sample:
         counts = self._row_rungs[bisect_left(self._row_rungs, num_rows) :]
-        return self.executables.first_ready(_samplers(need & ~_WIDE, counts))
+        return self.executables.first_ready(_samplers(need & ~(_WIDE | _POOLING), counts))
 
     def _admit(self, rank: int, batch: Batch, bad_words: dict[str, list[list[int]]]) -> None:
         """Writes what the slots of newly admitted requests need."""
@@ -121,7 +126,7 @@ class Runner:
             request, slot = batch.rows[index].request, batch.rows[index].slot
             words = bad_words.get(request.id, [])
             self._params[rank].set(slot, request, words)
-            self._needs[rank][slot] = _need_of(request.params)
+            self._needs[rank][slot] = _need_of(request.params) | _POOLING * request.pooling
             uses = needs_tables(request.params, words)
             at = rank * self.plan.scheduler.max_num_seqs + slot
             if uses & (Uses.PENALTIES | Uses.BAD_WORDS):
@@ -160,10 +165,11 @@ class Runner:
             for rank, batch in enumerate(launched.batches)
         ]
         read_wide(launched.wide, launched.batches, results)
+        read_pooling(launched.pooling, results)
         return results
 
 
-_RANDOM, _FILTERS, _ADJUST, _LOGPROBS, _WIDE = (1 << bit for bit in range(5))
+_RANDOM, _FILTERS, _ADJUST, _LOGPROBS, _WIDE, _POOLING = (1 << bit for bit in range(6))
 
 
 def _need_of(params: SamplingParams) -> int:

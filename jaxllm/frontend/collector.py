@@ -1,5 +1,7 @@
 """Token by token from the core to a request's output: text, stop strings, logprobs."""
 
+import numpy as np
+
 from jaxllm.engine.messages import Logprobs, SequenceOutput
 from jaxllm.errors import InvalidRequestError, JaxllmError, QueueFullError
 from jaxllm.frontend.inputs import PreparedRequest
@@ -14,6 +16,7 @@ class RequestCollector:
     Attributes:
       output: all samples so far.
       error: why the core refused the request, if it did; then no more comes.
+      embedding: float32[embed] of a pooling request, once it is there.
       to_stop: sequence ids that a stop string has ended and the core does not know of yet; the caller clears it.
     """
 
@@ -47,6 +50,7 @@ class RequestCollector:
         )
         self.to_stop: list[str] = []
         self.error: JaxllmError | None = None
+        self.embedding: np.ndarray | None = None
 
     @property
     def sequence_ids(self) -> list[str]:
@@ -76,6 +80,8 @@ class RequestCollector:
             self.error = InvalidRequestError(*message.refused)
         elif message.queue_full:
             self.error = QueueFullError(message.error)
+        if message.embedding is not None:
+            self.embedding = np.frombuffer(message.embedding, np.float32)
         self._catch_up(index)
         delta = CompletionOutput(index)
         by_stop_token = message.stop_token is not None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from jaxllm.core.pooling_params import PoolingParams
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.core.seeds import derive_seed
 from jaxllm.engine.messages import AddRequest
@@ -28,6 +29,8 @@ class TextPrompt(TypedDict):
 
 
 Prompt = str | Sequence[int] | TokensPrompt | TextPrompt
+
+_ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1, detokenize=False)  # the sampler's part of an embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ class RequestBuilder:
     def build(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -143,7 +146,7 @@ class RequestBuilder:
 
         Args:
           prompt: text or token ids.
-          params: None means `default_params`.
+          params: None means `default_params`; PoolingParams ask for an embedding.
           request_id: unique among live requests; drawn if None.
           priority: lower runs first under the priority policy; 0 under any other.
           cache_salt: requests of different salts share no cached prefix.
@@ -153,7 +156,8 @@ class RequestBuilder:
         Raises:
           InvalidRequestError: naming the field, its value and the limit.
         """
-        params = self._checked_params(params)
+        pooling = isinstance(params, PoolingParams)
+        params = self._checked_params(_ONE_TOKEN if isinstance(params, PoolingParams) else params)
         _check_envelope(request_id, priority, cache_salt)
         if priority != 0 and self.limits.scheduling_policy != "priority":
             limit = f"must be 0 under scheduling_policy={self.limits.scheduling_policy!r}; 'priority' orders by it"
@@ -199,6 +203,7 @@ class RequestBuilder:
                 priority=priority,
                 cache_salt=cache_salt,
                 leader=f"{name}/0" if index else None,
+                pooling=pooling,
             )
             for index in range(params.n)
         ]

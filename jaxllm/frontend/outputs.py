@@ -72,3 +72,30 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     queue_time: float | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class EmbeddingOutput:
+    """embedding: as many floats as the model has hidden dimensions."""
+
+    embedding: list[float]
+
+
+@dataclasses.dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """A prompt's embedding.
+
+    Attributes:
+      request_id: as given or drawn.
+      outputs: the embedding; one, though vLLM's name is a plural.
+      prompt_token_ids: what the model saw.
+      num_cached_tokens: prompt tokens found in the prefix cache.
+      queue_time: as in `RequestOutput`.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    queue_time: float | None = None

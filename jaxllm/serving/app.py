@@ -11,14 +11,14 @@ from starlette.types import ASGIApp
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.errors import ConfigError, JaxllmError
 from jaxllm.serving.admission import Admission
-from jaxllm.serving.auth import load_keys
+from jaxllm.serving.auth import load_admin_keys, load_keys
 from jaxllm.serving.config import ServerConfig
 from jaxllm.serving.errors import ApiError, api_error, validation_error
 from jaxllm.serving.gate import Gate
 from jaxllm.serving.heartbeat import Heartbeat
 from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.reasoning import reasoning_style
-from jaxllm.serving.routes import generate, models, operations, page, tokenize
+from jaxllm.serving.routes import admin, embeddings, generate, models, operations, page, tokenize
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import error_response
 from jaxllm.serving.tools import tool_parser
@@ -26,7 +26,7 @@ from jaxllm.serving.tools import tool_parser
 
 def check(config: ServerConfig) -> None:
     """Raises ConfigError for what can be refused before the engine starts."""
-    load_keys(config)
+    load_admin_keys(config)
     if config.tool_call_parser is not None:
         tool_parser(config.tool_call_parser)
     if config.reasoning_parser is not None:
@@ -43,7 +43,8 @@ def make_services(llm: AsyncLLM, config: ServerConfig) -> Services:
     names = list(config.served_model_name) or [llm.config.model]
     metrics = Metrics(names[0], lambda: heartbeat.stats, lambda: (admission.samples, admission.waiting_tokens))
     template = None if config.chat_template is None else Path(config.chat_template).read_text()
-    return Services(llm, config, names, load_keys(config), admission, heartbeat, metrics, template)
+    keys, admin_keys = load_keys(config), load_admin_keys(config)
+    return Services(llm, config, names, keys, admission, heartbeat, metrics, admin_keys, template)
 
 
 def make_app(services: Services) -> ASGIApp:
@@ -55,9 +56,9 @@ def make_app(services: Services) -> ASGIApp:
     app.add_exception_handler(HTTPException, _http)
     for kind in (ApiError, JaxllmError, TimeoutError, Exception):
         app.add_exception_handler(kind, _failed)
-    for module in (generate, models, tokenize, operations, page):
+    for module in (generate, embeddings, models, tokenize, operations, admin, page):
         app.include_router(module.router)
-    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS)
+    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS, admin.PATHS)
     if services.config.allowed_origins:
         origins = list(services.config.allowed_origins)
         inner = CORSMiddleware(inner, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

@@ -11,6 +11,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.serving.config import ServerConfig
 
 ENVIRONMENT = "JAXLLM_API_KEY"
+ADMIN_ENVIRONMENT = "JAXLLM_ADMIN_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,4 +70,16 @@ def load_keys(config: ServerConfig) -> ApiKeys:
         keys += found
     if os.environ.get(ENVIRONMENT):
         keys.append(os.environ[ENVIRONMENT])
+    return ApiKeys(keys)
+
+
+def load_admin_keys(config: ServerConfig) -> ApiKeys:
+    """Keys of the admin routes, from the option and $JAXLLM_ADMIN_API_KEY. Raises ConfigError for one that clients have
+    too: whoever may ask for tokens may not therefore do this."""
+    keys = list(config.admin_api_key)
+    if os.environ.get(ADMIN_ENVIRONMENT):
+        keys.append(os.environ[ADMIN_ENVIRONMENT])
+    clients = load_keys(config)
+    if any(clients.find({b"x-api-key": key.encode()}) for key in keys):
+        raise ConfigError("admin_api_key=…: must differ from every api_key")
     return ApiKeys(keys)

@@ -96,7 +96,7 @@ async def prepare(services: Services, context: Context, body: ChatRequest) -> Pr
         variables=variables,
     )
     (prompt,) = await encode(services, [text + (forced or "")], bool(body.add_special_tokens))
-    prompt = truncate(services, prompt, body, params.max_tokens)
+    prompt = truncate(services, prompt, body.truncate_prompt_tokens, params.max_tokens)
     check_length(services, "messages", text, prompt)
     style = services.config.reasoning_parser
 

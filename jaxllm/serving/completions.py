@@ -32,7 +32,7 @@ async def complete(services: Services, context: Context, body: CompletionRequest
         encoded = await encode(services, body.prompt, body.add_special_tokens is not False)
     else:
         texts, encoded = [None] * len(body.prompt), body.prompt
-    prompts = [truncate(services, ids, body, params.max_tokens) for ids in encoded]
+    prompts = [truncate(services, ids, body.truncate_prompt_tokens, params.max_tokens) for ids in encoded]
     for position, (ids, whole) in enumerate(zip(prompts, encoded, strict=True)):
         check_length(services, "prompt", body.prompt[position], ids)
         if len(ids) < len(whole):

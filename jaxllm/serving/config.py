@@ -26,6 +26,9 @@ class ServerConfig:
     )
     api_key: Sequence[str] = _option((), "key(s) that clients must send; also read from $JAXLLM_API_KEY")
     api_key_file: str | None = _option(None, "file with one key a line, out of sight of the process list")
+    admin_api_key: Sequence[str] = _option(
+        (), "key(s) of the admin routes, which nobody may use without; also read from $JAXLLM_ADMIN_API_KEY"
+    )
     allowed_origins: Sequence[str] = _option((), "origins of web pages that may call the API (CORS); '*' for all")
     chat_template: str | None = _option(None, "file with a Jinja chat template in place of the model's own")
     tool_call_parser: str | None = _option(None, "how the model writes tool calls: see docs/serving.md")
@@ -46,7 +49,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         def need(holds: bool, field: str, limit: str) -> None:
             if not holds:
-                shown = "…" if field.startswith("api_key") else repr(getattr(self, field))
+                shown = "…" if "api_key" in field and field != "api_key_file" else repr(getattr(self, field))
                 raise ConfigError(f"{field}={shown}: {limit}")
 
         need(isinstance(self.port, int) and 0 <= self.port < 65536, "port", "must be in [0, 65535]")
@@ -58,8 +61,9 @@ class ServerConfig:
         for field in ("request_timeout", "drain_timeout", "health_timeout"):
             value = getattr(self, field)
             need(value is None or value > 0, field, "must be above 0 seconds")
-        for key in self.api_key:
-            need(bool(key) and key.isascii() and key.isprintable(), "api_key", "must be printable ASCII, not empty")
+        for field in ("api_key", "admin_api_key"):
+            for key in getattr(self, field):
+                need(bool(key) and key.isascii() and key.isprintable(), field, "must be printable ASCII, not empty")
         if self.enable_auto_tool_choice:
             need(self.tool_call_parser is not None, "enable_auto_tool_choice", "needs tool_call_parser")
         for field in ("chat_template", "api_key_file"):

@@ -23,10 +23,17 @@ class Gate:
 
     Args:
       open_paths: further paths that need no key.
+      admin_paths: those that need an admin key, and no other.
     """
 
-    def __init__(self, app: ASGIApp, services: Services, open_paths: frozenset[str] = frozenset()):
-        self._app, self._services, self._open = app, services, OPEN | open_paths
+    def __init__(
+        self,
+        app: ASGIApp,
+        services: Services,
+        open_paths: frozenset[str] = frozenset(),
+        admin_paths: frozenset[str] = frozenset(),
+    ):
+        self._app, self._services, self._open, self._admin = app, services, OPEN | open_paths, admin_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +67,10 @@ class Gate:
             self._tell(scope, context, status)
 
     def _let_in(self, scope: Scope, headers: dict[bytes, bytes], context: Context) -> None:
-        keys = self._services.keys
+        admin = scope["path"] in self._admin
+        keys = self._services.admin_keys if admin else self._services.keys
+        if admin and not keys.needed:
+            raise ApiError(403, "admin routes are closed: start the server with --admin-api-key", None, "no_admin_key")
         if keys.needed and scope["path"] not in self._open and scope["method"] != "OPTIONS":
             context.key = keys.find(headers)
             if context.key is None:

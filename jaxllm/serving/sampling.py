@@ -54,9 +54,8 @@ async def encode(services: Services, texts: list[str], add_special_tokens: bool)
     return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
 
 
-def truncate(services: Services, ids: list[int], body: Sampling, max_tokens: int | None) -> list[int]:
-    """The last truncate_prompt_tokens of a prompt; -1: as many as leave room for max_tokens."""
-    keep = body.truncate_prompt_tokens
+def truncate(services: Services, ids: list[int], keep: int | None, max_tokens: int | None) -> list[int]:
+    """The last `keep` (truncate_prompt_tokens) of a prompt; -1: as many as leave room for max_tokens; None: all."""
     if keep is None:
         return ids
     most = services.llm.max_model_len - 1

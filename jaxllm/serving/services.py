@@ -18,6 +18,7 @@ class Services:
 
     Attributes:
       names: the model's names; answers carry the one that was asked for, or the first.
+      keys, admin_keys: who may use the API, and who the admin routes.
       chat_template: Jinja source in place of the model's own; None for that.
       created: Unix time of the server's start.
     """
@@ -29,6 +30,7 @@ class Services:
     admission: Admission
     heartbeat: Heartbeat
     metrics: Metrics
+    admin_keys: ApiKeys = dataclasses.field(default_factory=lambda: ApiKeys([]))
     chat_template: str | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 import msgspec
@@ -89,7 +90,23 @@ async def respond(request: Request, services: Services, context: Context, answer
     await answer.generation.start()
     if answer.stream:
         return EventStream(answer, until)
-    work = asyncio.ensure_future(collect(answer, until))
+    return await _unless_left(request, context, collect(answer, until))
+
+
+async def unless_left(
+    request: Request, services: Services, context: Context, work: Coroutine[Any, Any, dict[str, Any]]
+) -> Response:
+    """The answer of work that is cancelled when the client leaves or the deadline passes (then TimeoutError)."""
+
+    async def in_time() -> dict[str, Any]:
+        async with asyncio.timeout_at(deadline(services, context)):
+            return await work
+
+    return await _unless_left(request, context, in_time())
+
+
+async def _unless_left(request: Request, context: Context, body: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    work = asyncio.ensure_future(body)
     left = asyncio.ensure_future(_left(request.receive))
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)

@@ -23,7 +23,9 @@ def results(llm: LLM) -> dict:
     wide = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2, logprobs=-1, n=2)
     alone = llm.generate(asked[0][0], wide)[0]
     again = llm.generate([asked[i][0] for i in (4, 5)], SamplingParams(temperature=0, max_tokens=4))
+    vectors = llm.embed([prompt for prompt, _ in asked])
     return {
+        "largest dimensions": [max(range(tiny.HIDDEN), key=lambda i: abs(v.outputs.embedding[i])) for v in vectors],
         "tokens": [output.outputs[0].token_ids for output in outputs],
         "reasons": [output.outputs[0].finish_reason for output in outputs],
         "alone": [sample.token_ids for sample in alone.outputs],

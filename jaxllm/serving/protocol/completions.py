@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from jaxllm.serving.protocol.common import Refusal, Sampling
 
-_PROMPT_SCHEMA = {
+PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}},
@@ -17,7 +17,7 @@ _PROMPT_SCHEMA = {
 }
 
 
-def _prompts(value: Any) -> list[str] | list[list[int]]:
+def prompts(value: Any) -> list[str] | list[list[int]]:
     """One prompt or several, text or token ids, as a list of prompts."""
     if isinstance(value, str):
         return [value]
@@ -38,7 +38,7 @@ def _token(value: Any) -> bool:
 class CompletionRequest(Sampling):
     """A request for completions; `prompt` is validated into a list of prompts."""
 
-    prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Annotated[Any, BeforeValidator(prompts), WithJsonSchema(PROMPT_SCHEMA)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     REFUSED: ClassVar = {

@@ -1,0 +1,52 @@
+"""Embeddings: the last hidden rows of pooling requests, read beside the tokens that nobody wants."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxllm.core.batch import Batch
+from jaxllm.engine.device import Device
+from jaxllm.engine.executables import POOL_ROWS
+from jaxllm.engine.results import StepResult
+
+
+@dataclasses.dataclass(slots=True)
+class PoolRead:
+    """Hidden rows under way, and whose they are: (rank, row)."""
+
+    owners: list[tuple[int, int]]
+    rows: jax.Array
+
+
+def launch_pooling(
+    device: Device, batches: Sequence[Batch | None], last_hidden: jax.Array, num_slots: int
+) -> list[PoolRead]:
+    """Starts to read the last hidden rows of the batch's pooling requests whose prompts end in this step.
+
+    last_hidden: [ranks * num_slots, embed], by rank and row.
+    """
+    owners = [
+        (rank, index)
+        for rank, batch in enumerate(batches)
+        for index, row in enumerate(batch.rows if batch else [])
+        if row.samples and row.request.pooling
+    ]
+    reads = []
+    for begin in range(0, len(owners), POOL_ROWS):
+        part = owners[begin : begin + POOL_ROWS]
+        index = np.zeros(POOL_ROWS, np.int32)
+        index[: len(part)] = [rank * num_slots + row for rank, row in part]
+        rows = device.pool(last_hidden, index)
+        rows.copy_to_host_async()
+        reads.append(PoolRead(part, rows))
+    return reads
+
+
+def read_pooling(reads: Sequence[PoolRead], results: Sequence[StepResult]) -> None:
+    """Waits for what `launch_pooling` has started and puts it into the rows' details."""
+    for read in reads:
+        rows = np.asarray(read.rows)
+        for at, (rank, row) in enumerate(read.owners):
+            results[rank].detail(row).embedding = rows[at]
