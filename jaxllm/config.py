@@ -99,6 +99,11 @@ class EngineConfig:
                 setattr(self, field, tuple(rungs))
 
     @property
+    def num_devices(self) -> int:
+        """How many devices the engine runs on."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
+    @property
     def cache_directory(self) -> Path:
         """Where compiled executables are kept."""
         chosen = self.compilation_cache_dir or os.environ.get("JAX_COMPILATION_CACHE_DIR")

@@ -104,7 +104,7 @@ def open_session(
         config = config_from(path, options)
         use_compilation_cache(config.cache_directory)  # JAX takes no other once it has compiled something
         cost, hf = model_cost(config)
-        num_devices = config.data_parallel_size * getattr(config, "tensor_parallel_size", 1)
+        num_devices = config.num_devices
         one = measure_ceilings(cost.itemsize) if ceilings is True else ceilings or None
         facts = gather(
             model_name(model),

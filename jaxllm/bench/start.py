@@ -97,7 +97,7 @@ def _start(model: str, options: dict[str, Any], cache: str, begin: float) -> Sta
         compiled = time.time() - begin
         result = StartResult(cache, imported, ready, first, answered, compiled, num_executables, first - imported)
         config = llm.config
-        return StartReport(result, device, config.data_parallel_size, resolve_dtype(config).name)
+        return StartReport(result, device, config.num_devices, resolve_dtype(config).name)
 
 
 def main() -> None:

@@ -253,7 +253,7 @@ def serve(
         model_name(options.model),
         settings,
         device=jax.devices()[0].device_kind,
-        num_devices=config.data_parallel_size,
+        num_devices=config.num_devices,
         dtype=resolve_dtype(config).name,
         commit=options.commit,
     )

@@ -72,12 +72,11 @@ def abstract_leaves(model: nnx.Module, mesh: Mesh) -> list[jax.ShapeDtypeStruct]
 
 
 def _mesh(config: EngineConfig) -> Mesh:
-    data, tensor, available = config.data_parallel_size, config.tensor_parallel_size, len(jax.devices())
-    if data * tensor > available:
-        sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor}
-        asked = " times ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        raise ConfigError(f"{asked}: there are {available} devices")
-    return make_mesh(data=data, tensor=tensor)
+    if config.num_devices > len(jax.devices()):
+        names = ("data_parallel_size", "tensor_parallel_size")
+        asked = " times ".join(f"{name}={getattr(config, name)}" for name in names if getattr(config, name) > 1)
+        raise ConfigError(f"{asked}: there are {len(jax.devices())} devices")
+    return make_mesh(data=config.data_parallel_size, tensor=config.tensor_parallel_size)
 
 
 def build_core(

@@ -214,7 +214,7 @@ def _check_host_memory(config: EngineConfig, plan: EnginePlan, vocab_size: int) 
     ]
     pages = sum(group.num_pages * size for group, size in zip(plan.groups, page_bytes, strict=True))
     slots = plan.scheduler.max_num_seqs
-    count = min(config.data_parallel_size * config.tensor_parallel_size, len(jax.devices()))
+    count = min(config.num_devices, len(jax.devices()))
     tables = memory.table_bytes(slots, vocab_size, plan.scheduler.max_model_len)
     each, available = plan.weight_bytes + pages + tables, host_memory()
     if count * each <= available:

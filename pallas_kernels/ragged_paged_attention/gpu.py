@@ -8,6 +8,7 @@ query token; `gpu_prefill` serves all other rows and zeroes the padding.
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -114,14 +115,16 @@ def ragged_paged_attention(
     if pad := cache.shape[4] - head_dim:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (q, k, v))
     # One array, so that XLA writes it in one kernel, the rotation of queries and keys included.
-    qkv = jnp.concatenate([q, k, v], axis=1)
+    # A group's queries are copied in tiles of as many heads as divide both it and 8: of such the array is made up.
+    extra = -(num_heads + 2 * num_kv_heads) % math.gcd(group, 8)
+    qkv = jnp.concatenate([q, k, v] + [jnp.zeros((num_tokens, extra, q.shape[2]), q.dtype)] * (extra > 0), axis=1)
     if not metadata.decodes_only and num_tokens < prefill_config.tokens:  # a block of queries must fit
         qkv = jnp.pad(qkv, ((0, prefill_config.tokens - num_tokens), (0, 0), (0, 0)))
 
     options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret}
     new_slots = metadata.write_slots if metadata.decodes_only else None
     if new_slots is None:
-        cache = gpu_write.write(cache, qkv, metadata, interpret=interpret)
+        cache = gpu_write.write(cache, qkv, num_heads, metadata, interpret=interpret)
     out, cache, own, shared, plan = gpu_decode.decode(
         qkv, cache, metadata, scales, group=group, config=decode_config, new_slots=new_slots, **options
     )

@@ -11,10 +11,10 @@ MAX_BLOCKS = 264
 MAX_STAGE_BYTES = 65536  # of shared memory a block, so that a multiprocessor holds several
 
 
-def _write_body(slots_ref, count_ref, qkv_ref, cache_ref, stage, ready, *, chunk: int, chunks: int):
+def _write_body(slots_ref, count_ref, qkv_ref, cache_ref, stage, ready, *, num_heads: int, chunk: int, chunks: int):
     block = lax.axis_index("block")
     num_kv_heads, page_size = cache_ref.shape[2:4]
-    new_heads = pl.ds(qkv_ref.shape[1] - 2 * num_kv_heads, 2 * num_kv_heads)
+    new_heads = pl.ds(num_heads, 2 * num_kv_heads)
 
     @pl.loop(block, chunks, step=MAX_BLOCKS)
     def _chunk(index):
@@ -35,12 +35,14 @@ def _write_body(slots_ref, count_ref, qkv_ref, cache_ref, stage, ready, *, chunk
     plgpu.wait_smem_to_gmem(0)
 
 
-def write(cache: jax.Array, qkv: jax.Array, metadata: AttentionMetadata, *, interpret=False) -> jax.Array:
+def write(
+    cache: jax.Array, qkv: jax.Array, num_heads: int, metadata: AttentionMetadata, *, interpret=False
+) -> jax.Array:
     """Returns `cache` with the new keys and values; XLA updates it in place where it is donated.
 
     Args:
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
-      qkv: [at least T, num_heads + 2 * num_kv_heads, head_dim] in the cache's dtype, queries, keys and values.
+      qkv: [at least T, at least num_heads + 2 * num_kv_heads, head_dim] in the cache's dtype, queries, keys, values.
       metadata: says where; padding tokens are not written at all.
     """
     tokens, num_kv_heads, head_dim = metadata.write_slots.shape[0], cache.shape[2], cache.shape[4]
@@ -56,7 +58,7 @@ def write(cache: jax.Array, qkv: jax.Array, metadata: AttentionMetadata, *, inte
     cache_ref = jax.new_ref(cache)
 
     def body(*refs):
-        _write_body(*refs, chunk=chunk, chunks=chunks)
+        _write_body(*refs, num_heads=num_heads, chunk=chunk, chunks=chunks)
 
     plgpu.kernel(
         body,

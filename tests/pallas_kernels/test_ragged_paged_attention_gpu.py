@@ -144,7 +144,14 @@ def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
 
 @pytest.mark.parametrize(
     "head_dim,heads,kv_heads,page_size,decodes_only",
-    [(128, 32, 8, 64, False), (128, 32, 8, 64, True), (64, 14, 2, 16, True), (256, 8, 4, 128, False)],
+    [
+        (128, 32, 8, 64, False),
+        (128, 32, 8, 64, True),
+        (64, 14, 2, 16, True),
+        (256, 8, 4, 128, False),
+        (128, 8, 1, 64, True),  # a tensor-parallel shard of Llama 3.3 70B
+        (256, 4, 1, 64, False),  # Gemma 3 1B
+    ],
 )
 def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, decodes_only):
     rows, tokens = ([(1, 70)], 8) if decodes_only else ([(1, 70), (5, 9)], 64)

@@ -1,0 +1,56 @@
+"""The engine's step lowers for NVIDIA GPUs that are not there, its kernels over each tensor-parallel shard's heads."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxllm.bench.workloads import MODEL_SHAPES
+from jaxllm.core.kv_cache import CacheGroup
+from jaxllm.core.scheduler_config import SchedulerConfig
+from jaxllm.engine.build import abstract_leaves
+from jaxllm.engine.executables import Forward, Lowering
+from jaxllm.engine.resolve import EnginePlan
+from jaxllm.engine.runner import layout_of
+from jaxllm.engine.step import StepShape
+from jaxllm.models.registry import model_class
+from sharding import DATA, TENSOR
+
+
+class _ForCuda:
+    """A jitted function that is lowered for another platform than the one it stands on."""
+
+    def __init__(self, jitted):
+        self._jitted = jitted
+
+    def lower(self, *arguments):
+        return self._jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+class _CudaLowering(Lowering):
+    def _sharded(self, *arguments, **options):
+        return _ForCuda(super()._sharded(*arguments, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 4, 8])  # 8: one key-value head a shard
+@pytest.mark.parametrize("key", [Forward(8, True), Forward(256)])
+def test_forward(key, shards):
+    """All kernels run under `shard_map`, on local shapes; two sums a layer and one for the embeddings."""
+    config = MODEL_SHAPES["llama-3.1-8b"] | {"num_hidden_layers": 1}
+    family = model_class(config)
+    parsed = family.parse_config(config).for_length(18432).for_shards(shards)
+    model = family(parsed, dtype=jnp.dtype(jnp.bfloat16))
+    scheduler = SchedulerConfig(
+        max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=18432, token_rungs=(256, 2048)
+    )
+    groups = (CacheGroup("full", 400, 64),)
+    plan = EnginePlan(jnp.dtype(jnp.bfloat16), "gpu", scheduler, (8, 256), groups, model.layer_caches(), 0, 0)
+    shape = StepShape(layout_of(plan), 64, "gpu", jax.tree.structure(model), parsed.vocab_size, shards)
+    mesh = AbstractMesh((1, shards), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2)
+    text = _CudaLowering(shape, plan, abstract_leaves(model, mesh), mesh)(key).as_text()
+    # decode and merge, norms; whole batches also write, prefill and the gated projection
+    assert len(re.findall(r"custom_call @mosaic_gpu_v2", text)) == (5 if key.decodes_only else 8)
+    assert len(re.findall(r"stablehlo\.all_reduce", text)) == (3 if shards > 1 else 0)
