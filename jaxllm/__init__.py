@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from jaxllm.async_llm import AsyncLLM
     from jaxllm.config import EngineConfig
     from jaxllm.core.sampling_params import SamplingParams
+    from jaxllm.core.structured_outputs import StructuredOutputsParams
     from jaxllm.frontend.beam_search import BeamSearchParams
     from jaxllm.frontend.inputs import TokensPrompt
     from jaxllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
@@ -17,6 +18,7 @@ _HOMES = {  # imported when first touched, so that `import jaxllm` costs nothing
     "LLM": "jaxllm.llm",
     "AsyncLLM": "jaxllm.async_llm",
     "SamplingParams": "jaxllm.core.sampling_params",
+    "StructuredOutputsParams": "jaxllm.core.structured_outputs",
     "BeamSearchParams": "jaxllm.frontend.beam_search",
     "TokensPrompt": "jaxllm.frontend.inputs",
     "EngineConfig": "jaxllm.config",
@@ -33,6 +35,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokensPrompt",
 ]
 
