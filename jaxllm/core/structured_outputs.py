@@ -20,8 +20,8 @@ class StructuredOutputsParams:
     end-of-sequence token may be chosen. `max_tokens` may still cut the output short.
 
     Attributes:
-      json: a JSON schema, as a dict or as text. Keywords that cannot be enforced are refused by name. Properties come in
-        the schema's order. A name that is repeated, or written with escapes that it does not need, counts as an
+      json: a JSON schema, as a dict or as text. Keywords that cannot be enforced are refused by name. Properties come
+        in the schema's order. A name that is repeated, or written with escapes that it does not need, counts as an
         additional property: where this matters, disable_additional_properties.
       regex: a regular expression (Rust's syntax: no look-around, no back-references; \\d and \\w match all of Unicode)
         that the whole output matches.
