@@ -112,13 +112,14 @@ class GrammarCompiler:
 
     def _take(self, vocabulary: Vocabulary) -> Sandbox:
         with self._lock:
-            sandbox = self._idle.pop() if self._idle else None
-        sandbox = sandbox or Sandbox(vocabulary)
+            if self._idle:
+                self._busy.add(sandbox := self._idle.pop())
+                return sandbox
+        sandbox = Sandbox(vocabulary)
         with self._lock:
             self._busy.add(sandbox)
-            closed = self._closed
-        if closed:
-            sandbox.close()
+            if self._closed:
+                sandbox.kill()
         return sandbox
 
     def _give_back(self, sandbox: Sandbox) -> None:
