@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from jaxllm.config import EngineConfig
     from jaxllm.core.pooling_params import PoolingParams
     from jaxllm.core.sampling_params import SamplingParams
+    from jaxllm.core.structured_outputs import StructuredOutputsParams
     from jaxllm.frontend.beam_search import BeamSearchParams
     from jaxllm.frontend.inputs import TokensPrompt
     from jaxllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
@@ -19,6 +20,7 @@ _HOMES = {  # imported when first touched, so that `import jaxllm` costs nothing
     "AsyncLLM": "jaxllm.async_llm",
     "PoolingParams": "jaxllm.core.pooling_params",
     "SamplingParams": "jaxllm.core.sampling_params",
+    "StructuredOutputsParams": "jaxllm.core.structured_outputs",
     "BeamSearchParams": "jaxllm.frontend.beam_search",
     "TokensPrompt": "jaxllm.frontend.inputs",
     "EngineConfig": "jaxllm.config",
@@ -36,6 +38,7 @@ __all__ = [
     "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokensPrompt",
 ]
 

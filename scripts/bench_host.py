@@ -125,7 +125,7 @@ class InstantExecutables:
                 output[:, 0], output[:, 1], output[:, 4] = 7, 1, 1  # a token, accepted, finite
                 self._outputs[key.num_rows] = output
             values = self._outputs[key.num_rows]
-            return lambda leaves, hidden, rows, history, extra: (history, Output(values, self._device.launch()))
+            return lambda leaves, hidden, rows, history, extra, masks: (history, Output(values, self._device.launch()))
         if isinstance(key, UpdatePages):
             return lambda tables, updates: tables
         raise NotImplementedError(f"{key} is not part of this measurement")

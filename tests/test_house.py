@@ -21,7 +21,7 @@ PACKAGES = ("jaxllm", "pallas_kernels", "sharding")
 # Read from the bottom: imports point downward only.
 _FLOOR = {"pallas_kernels", "sharding", "errors", "config"}
 _HOST = _FLOOR | {"core", "text", "checkpoint"}
-_FRONT = _HOST | {"engine", "frontend"}
+_FRONT = _HOST | {"structured", "engine", "frontend"}
 _DOORS = _FRONT | {"models", "llm", "async_llm", "jaxllm"}
 MAY_IMPORT: dict[str, set[str]] = {
     "pallas_kernels": set(),
@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": {"errors", "config", "core"},
     "checkpoint": {"errors", "config", "core", "text"},
     "models": _HOST,
-    "engine": _HOST | {"models"},
-    "frontend": _HOST | {"engine"},
+    "structured": {"errors", "config", "core", "text"},
+    "engine": _HOST | {"models", "structured"},
+    "frontend": _HOST | {"structured", "engine"},
     "async_llm": _FRONT,
     "llm": _FRONT | {"async_llm"},
     "jaxllm": _DOORS,

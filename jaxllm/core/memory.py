@@ -33,8 +33,8 @@ def default_decode_rungs(max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
 
 
 def table_bytes(max_num_seqs: int, vocab_size: int, length: int) -> int:
-    """The slots' tables: what the sampler counts and masks, token ids, stop strings."""
-    return max_num_seqs * (vocab_size * 5 + length * 4 + 128 * 16 * 4)
+    """The slots' tables: what the sampler counts and masks, token ids, stop strings, masks."""
+    return max_num_seqs * (vocab_size * 5 + length * 4 + 128 * 16 * 4 + vocab_size // 8)
 
 
 def step_bytes(

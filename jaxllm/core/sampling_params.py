@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.errors import InvalidRequestError
 
 MAX_LOGIT_BIAS = 100.0
@@ -54,6 +55,8 @@ class SamplingParams:
       skip_special_tokens: leave special tokens out of the text.
       spaces_between_special_tokens: put spaces between special tokens in the text when they are kept.
       detokenize: whether to make text at all; stop strings need it.
+      structured_outputs: the form that the output must have. Applied before all else: log-probabilities, too, are
+        those of the tokens that it allows.
     """
 
     n: int = 1
@@ -79,6 +82,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -139,6 +143,11 @@ class SamplingParams:
         if self.bad_words is not None:
             listed = _listed(self.bad_words) and all(isinstance(s, str) and s for s in self.bad_words)
             need(listed, "bad_words", "must be a list of non-empty strings")
+        need(
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams),
+            "structured_outputs",
+            "must be a StructuredOutputsParams",
+        )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequestError for token ids outside [0, vocab_size)."""

@@ -26,6 +26,8 @@ from jaxllm.engine.step import StepShape
 from jaxllm.errors import ConfigError
 from jaxllm.models import loader
 from jaxllm.models.registry import model_class
+from jaxllm.structured.vocabulary import Encode, Vocabulary, vocabulary_of
+from jaxllm.text.eos import eos_token_ids
 from sharding import make_mesh, partition_spec
 
 logger = logging.getLogger(__name__)
@@ -126,4 +128,17 @@ def build_core(
     _load(config, model, checkpoint, mesh, progress)
     leaves = jax.tree.leaves(model)
     runner = Runner(plan, shape, Device(mesh, leaves, executables, lowering), lowering.ranks)
-    return EngineCore(runner, enable_prefix_caching=config.enable_prefix_caching, warm_up=config.warm_up)
+    vocab_size = model.config.vocab_size
+
+    def load_vocabulary() -> tuple[Vocabulary, Encode]:
+        tokenizer = checkpoint.tokenizer()
+        eos = eos_token_ids(checkpoint.config, checkpoint.generation_config, tokenizer)
+        vocabulary = vocabulary_of(tokenizer, vocab_size, frozenset(token for token in eos if token < vocab_size))
+        return vocabulary, lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+    return EngineCore(
+        runner,
+        enable_prefix_caching=config.enable_prefix_caching,
+        warm_up=config.warm_up,
+        load_vocabulary=load_vocabulary,
+    )

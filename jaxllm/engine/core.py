@@ -16,6 +16,7 @@ from jaxllm.core.request import FINISH_REASONS, Request, Status
 from jaxllm.core.scheduler import Scheduler, Update
 from jaxllm.engine.executables import warm_up_order
 from jaxllm.engine.figures import StepFigures
+from jaxllm.engine.grammars import Grammars
 from jaxllm.engine.messages import (
     AddRequest,
     Finish,
@@ -31,6 +32,7 @@ from jaxllm.engine.recovery import CulpritSearch
 from jaxllm.engine.results import RowDetail, StepResult, TokenLogprobs
 from jaxllm.engine.runner import Launched, Runner
 from jaxllm.errors import InvalidRequestError, QueueFullError
+from jaxllm.structured.compiler import LoadVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,22 @@ class EngineCore:
     Each data-parallel rank has a scheduler and a cache of its own; all ranks step together.
     """
 
-    def __init__(self, runner: Runner, *, enable_prefix_caching: bool = True, warm_up: bool = True):
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        enable_prefix_caching: bool = True,
+        warm_up: bool = True,
+        load_vocabulary: LoadVocabulary | None = None,
+    ):
         self.runner = runner
         plan = runner.plan
         self.schedulers = [
             Scheduler(plan.scheduler, KVCache(plan.groups, enable_prefix_caching)) for _ in range(runner.num_ranks)
         ]
+        self._grammars: Grammars | None = None
+        if load_vocabulary is not None:
+            self._grammars = Grammars(load_vocabulary, runner.vocab_size, plan.scheduler.max_num_seqs)
         self._rank_of: dict[str, int] = {}
         self._bad_words: dict[str, list[list[int]]] = {}
         self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}
@@ -88,22 +100,42 @@ class EngineCore:
         if isinstance(message, AddRequest):
             message = Arrival(message, _request(message))
         if isinstance(message, Arrival):
-            request, message = message.request, message.message
             try:
-                self._add(message, request)
-            except InvalidRequestError as error:
-                refused = (error.field, repr(error.value), error.limit)
-                output = SequenceOutput(message.id, [], finish_reason="error", error=str(error), refused=refused)
-                self._outbox.append(output)
-            except QueueFullError as error:
-                output = SequenceOutput(message.id, [], finish_reason="error", error=str(error), queue_full=True)
-                self._outbox.append(output)
+                if message.request.params.structured_outputs is None:
+                    self._add(message.message, message.request)
+                elif self._grammars is None:
+                    raise InvalidRequestError("structured_outputs", "", "this model has no tokenizer")
+                else:
+                    self._grammars.hold(message)
+            except (InvalidRequestError, QueueFullError) as error:
+                self._refuse(message.request.id, error)
         elif isinstance(message, Finish):
             status = Status.STOPPED if message.reason == "stop" else Status.ABORTED
             for request_id in message.ids:
                 self._finish(request_id, status)
         else:
             self._outbox.append(self._call(message))
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        output = SequenceOutput(request_id, [], finish_reason="error", error=str(error))
+        if isinstance(error, InvalidRequestError):
+            output.refused = (error.field, repr(error.value), error.limit)
+        output.queue_full = isinstance(error, QueueFullError)
+        self._outbox.append(output)
+
+    def _add_compiled(self, idle: bool) -> None:
+        """Adds the requests whose grammar has been compiled by now. idle: there is nothing else to do."""
+        for arrival, error in self._grammars.release(idle) if self._grammars is not None else ():
+            try:
+                if error is not None:
+                    raise error
+                self._add(arrival.message, arrival.request)
+            except (InvalidRequestError, QueueFullError) as refusal:
+                self._forget(arrival.request.id)
+                self._refuse(arrival.request.id, refusal)
+            except Exception as failure:
+                logger.exception("the grammar of request %s", arrival.request.id)
+                self._refuse(arrival.request.id, failure)
 
     def _add(self, message: AddRequest, request: Request) -> None:
         rank = self._choose_rank(message)
@@ -124,6 +156,8 @@ class EngineCore:
     def _finish(self, request_id: str, status: Status) -> None:
         rank = self._rank_of.get(request_id)
         if rank is None:
+            if self._grammars is not None and self._grammars.forget(request_id) and status is not Status.STOPPED:
+                self._outbox.append(SequenceOutput(request_id, [], finish_reason=FINISH_REASONS[status]))
             return
         update = self.schedulers[rank].finish_request(request_id, status)
         self._forget(request_id)
@@ -134,6 +168,8 @@ class EngineCore:
         self._rank_of.pop(request_id, None)
         self._bad_words.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
+        if self._grammars is not None:
+            self._grammars.forget(request_id)
 
     def _call(self, message: Utility) -> UtilityResult:
         try:
@@ -182,17 +218,31 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to tell."""
-        return bool(self._outbox or self._previous or any(s.has_work for s in self.schedulers))
+        return bool(self._outbox or self._previous or self._scheduled or self._compiling)
+
+    @property
+    def _scheduled(self) -> bool:
+        return any(scheduler.has_work for scheduler in self.schedulers)
+
+    @property
+    def _compiling(self) -> bool:
+        return self._grammars is not None and self._grammars.num_held > 0
 
     def step(self) -> list[StepOutputs | UtilityResult]:
-        """Launches the next step, then reads the one before. May return nothing while the pipeline fills."""
+        """Launches the next step, then reads the one before. May return nothing while the pipeline fills.
+
+        A step with rows under a grammar computes like any other, but samples only when the step before it has been
+        read: their masks are filled while the device computes.
+        """
+        self._add_compiled(idle=not (self._outbox or self._previous or self._scheduled))
         if self._search.advance():
             for scheduler in self.schedulers:
                 scheduler.restrict(self._search.trial)
         now = time.monotonic()
         batches = [scheduler.schedule(now) for scheduler in self.schedulers]
+        hold = self._grammars is not None and self._grammars.constrain(batches)
         try:
-            launched = self.runner.launch(batches, self._bad_words) if any(batches) else None
+            launched = self.runner.launch(batches, self._bad_words, hold) if any(batches) else None
         except Exception as error:
             self._recover(batches, error)
             return self._drain()
@@ -210,7 +260,21 @@ class EngineCore:
             self._figures.read(launched_at, sum(batch.num_tokens for batch in previous.batches if batch is not None))
             self._search.step_passed()
             self._take(previous, results)
-        return self._drain()
+        messages = self._drain()
+        if launched is not None and hold:
+            self._sample_held(launched)
+        return messages
+
+    def _sample_held(self, launched: Launched) -> None:
+        """Masks and samples a step, all tokens before it being known. What it has to tell comes with the next step."""
+        assert self._grammars is not None
+        masks, failed = self._grammars.masks(launched.batches)
+        for request, error in failed:
+            self._fail(request.id, error)
+        try:
+            self.runner.sample(launched, masks)
+        except Exception as error:
+            self._recover(launched.batches, error)
 
     def _recover(self, batches: Sequence[Batch | None], error: Exception) -> None:
         """A step has raised, and the caches that it was given are lost: recomputes everything, and finds whose fault it
@@ -291,6 +355,8 @@ class EngineCore:
 
     def close(self) -> None:
         """Stops compiling."""
+        if self._grammars is not None:
+            self._grammars.close()
         self.runner.executables.close()
 
 

@@ -24,6 +24,7 @@ from jaxllm.engine.executables import (
     UpdatePages,
     Upload,
     Wide,
+    WriteMasks,
 )
 from jaxllm.engine.step import SlotState, StepBuffers
 from sharding import replicated, sharded_by_rank
@@ -55,6 +56,7 @@ class Device:
         self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers(1))
         self._hidden: dict[int, jax.Array] = {}  # by the step's rung
         self._tables: dict[str, jax.Array] | None = None
+        self._masks: jax.Array | None = None
 
     def forward(self, key: Forward, packed: list[np.ndarray]) -> StepBuffers:
         """Runs a step's forward pass over each rank's packed array; what it leaves for the sampler."""
@@ -78,8 +80,9 @@ class Device:
     def sample(self, key: Sample, buffers: StepBuffers) -> jax.Array:
         """Samples what a forward pass has left; int32[rows, columns] as `read_rank` reads it."""
         extra = tuple(self._sampler_tables().values()) if key.variant.adjust else None
+        masks = self._mask_table() if key.variant.masked else None
         run = self.executables.get(key)
-        self._history, output = run(self.leaves, buffers.last_hidden, buffers.rows, self._history, extra)
+        self._history, output = run(self.leaves, buffers.last_hidden, buffers.rows, self._history, extra, masks)
         return output
 
     def wide(self, k: int, hidden: jax.Array, index: np.ndarray, targets: np.ndarray) -> WideLogprobs:
@@ -108,6 +111,20 @@ class Device:
             tables = self._sampler_tables()
             tables[table] = run(tables[table], slot_array, row_array)
 
+    def write_masks(self, slots: np.ndarray, words: np.ndarray) -> None:
+        """Writes grammar masks: slots int32[ranks, M], those past the last are dropped; words int32[ranks, M, W]."""
+        block = (slots.reshape(-1), words.reshape(-1, words.shape[2]))
+        slots_array, words_array = jax.device_put(block, self._by_rank)
+        run = self.executables.get(WriteMasks(slots.shape[1]))
+        self._masks = run(self._mask_table(), slots_array, words_array)
+
+    def _mask_table(self) -> jax.Array:
+        """Made when the first request under a grammar samples."""
+        if self._masks is None:
+            spec = self._lowering.masks(self._lowering.plan.scheduler.max_num_seqs)
+            self._masks = jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)
+        return self._masks
+
     def _sampler_tables(self) -> dict[str, jax.Array]:
         """Made when the first request asks: most never do."""
         if self._tables is None:
@@ -126,7 +143,7 @@ class Device:
                 if isinstance(key, Forward):
                     buffers = self.forward(key, idle)
             for key in ready:  # tables are made for the first request that needs them
-                if isinstance(key, Sample) and not key.variant.adjust:
+                if isinstance(key, Sample) and not (key.variant.adjust or key.variant.masked):
                     jax.block_until_ready(self.sample(key, buffers))
 
     def replace_weights(self, leaves: list[jax.Array]) -> None:

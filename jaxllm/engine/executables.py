@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.core.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from jaxllm.engine.layout import ROW
 from jaxllm.engine.resolve import EnginePlan
-from jaxllm.engine.sampling import VARIANTS, SamplerVariant
+from jaxllm.engine.sampling import VARIANTS, SamplerVariant, mask_words
 from jaxllm.engine.step import (
     SlotState,
     StepBuffers,
@@ -22,6 +22,7 @@ from jaxllm.engine.step import (
     sample_rows,
     upload_row,
     wide_logprobs,
+    write_masks,
 )
 from pallas_kernels.ragged_paged_attention import cache_shape
 from sharding import DATA, TENSOR
@@ -65,6 +66,13 @@ class Upload:
     """Writing one slot's row of a table."""
 
     table: str
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteMasks:
+    """Writing a step's grammar masks, a rung of them, to their slots."""
+
+    num_masks: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,10 @@ class Lowering:
         tables = self.tables()
         return tuple(tables[name] for name in SAMPLER_TABLES)
 
+    def masks(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        """Grammar masks of each rank."""
+        return self.per_rank((num_rows, mask_words(self.shape.vocab_size)), jnp.int32)
+
     def hidden(self, num_rows: int) -> jax.ShapeDtypeStruct:
         """Hidden rows of each rank."""
         return self.per_rank((num_rows, self.hidden_size), self.plan.dtype)
@@ -203,14 +215,16 @@ class Lowering:
     def _sample(self, key: Sample):
         slots, history = self.plan.scheduler.max_num_seqs, self.tables()["history"]
         extra = self.sampler_tables() if key.variant.adjust else None
+        masks = self.masks(slots) if key.variant.masked else None
         tables = P(DATA) if extra is None else tuple(spec.sharding.spec for spec in extra)
         run = self._sharded(
             functools.partial(sample_rows, self.shape, key.variant, key.num_rows),
-            (self._leaf_specs, P(DATA), P(DATA), P(DATA), tables),
+            (self._leaf_specs, P(DATA), P(DATA), P(DATA), tables, P(DATA)),
             (P(DATA), P(DATA)),
             donate=(3,),
         )
-        return run.lower(self.leaves, self.hidden(slots), self.per_rank((slots, ROW), jnp.int32), history, extra)
+        rows = self.per_rank((slots, ROW), jnp.int32)
+        return run.lower(self.leaves, self.hidden(slots), rows, history, extra, masks)
 
     def _maketables(self, key: MakeTables):
         specs = self.sampler_tables()
@@ -229,6 +243,11 @@ class Lowering:
         vocab_axis = self.shape.vocab_axis if is_over_vocab else None
         upload = functools.partial(upload_row, self._rank_axis, vocab_axis)
         return self._sharded(upload, (spec, P(), P()), spec, donate=(0,)).lower(table, slot, row)
+
+    def _writemasks(self, key: WriteMasks):
+        table, masks = self.masks(self.plan.scheduler.max_num_seqs), self.masks(key.num_masks)
+        run = self._sharded(write_masks, (P(DATA), P(DATA), P(DATA)), P(DATA), donate=(0,))
+        return run.lower(table, self.per_rank((key.num_masks,), jnp.int32), masks)
 
     def _updatepages(self, key: UpdatePages):
         updates = self.per_rank((len(self.plan.groups), MANY_UPDATES, 3), jnp.int32)
@@ -261,9 +280,12 @@ def warm_up_order(plan: EnginePlan) -> list[Any]:
     rungs = plan.scheduler.token_rungs
     rows = row_rungs(plan.scheduler.max_num_seqs)
     keys: list[Any] = [Stage(), smallest_decode(plan)]
-    keys += [Sample(rows[0], variant) for variant in VARIANTS]  # small, and all that single requests need
+    free = [variant for variant in VARIANTS if not variant.masked]
+    keys += [Sample(rows[0], variant) for variant in free]  # small, and all that single requests need
     steps = [Forward(rung) for rung in rungs] + [Forward(rung, True) for rung in plan.decode_rungs]
     keys += sorted(steps, key=lambda step: (-step.num_tokens, step.decodes_only))
-    keys += [Sample(count, variant) for variant in VARIANTS for count in reversed(rows)]
+    keys += [Sample(count, variant) for variant in free for count in reversed(rows)]
     keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages(), Pool()]
+    keys += [Sample(count, variant) for variant in VARIANTS if variant.masked for count in rows]
+    keys += [WriteMasks(count) for count in rows]
     return list(dict.fromkeys(keys))

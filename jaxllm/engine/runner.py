@@ -14,6 +14,7 @@ from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.compile import Executables
 from jaxllm.engine.device import Device
 from jaxllm.engine.executables import MANY_UPDATES, Forward, Sample, row_rungs, warm_up_order
+from jaxllm.engine.grammars import StepMasks
 from jaxllm.engine.layout import StepLayout
 from jaxllm.engine.pooling import PoolRead, launch_pooling, read_pooling
 from jaxllm.engine.resolve import EnginePlan
@@ -31,20 +32,23 @@ from jaxllm.engine.sampling import (
     stop_mask_row,
     variant_for,
 )
-from jaxllm.engine.step import StepShape
+from jaxllm.engine.step import StepBuffers, StepShape
 from jaxllm.engine.wide import WideRead, WideSizes, launch_wide, read_wide
 
 
 @dataclasses.dataclass(slots=True)
 class Launched:
-    """A step under way on the device."""
+    """A step under way on the device; without output until it samples."""
 
     batches: list[Batch | None]
     num_tokens: int  # padded
-    output: jax.Array
     num_rows: int
-    wide: list[WideRead]
-    pooling: list[PoolRead]
+    need: int  # see _need_of
+    buffers: StepBuffers | None = None
+    output: jax.Array | None = None
+    masks: StepMasks | None = None
+    wide: list[WideRead] = dataclasses.field(default_factory=list)
+    pooling: list[PoolRead] = dataclasses.field(default_factory=list)
 
 
 class Runner:
@@ -73,8 +77,13 @@ class Runner:
 
     # Launching
 
-    def launch(self, batches: Sequence[Batch | None], bad_words: dict[str, list[list[int]]]) -> Launched:
-        """Starts one step of all ranks. `bad_words` are the token sequences of the requests that have any, by id."""
+    def launch(
+        self, batches: Sequence[Batch | None], bad_words: dict[str, list[list[int]]], hold: bool = False
+    ) -> Launched:
+        """Starts one step of all ranks. `bad_words` are the token sequences of the requests that have any, by id.
+
+        hold: leaves the sampling to a call of `sample`, which has to come before the next launch.
+        """
         for rank, batch in enumerate(batches):
             if batch is not None:
                 self._admit(rank, batch, bad_words)
@@ -88,20 +97,37 @@ class Runner:
             self.layout.pack(batch, at, params) for batch, at, params in zip(batches, slots, self._params, strict=True)
         ]
         buffers = self.device.forward(forward, parts)
-        sample = self._sample_key(max(map(len, slots)), need)
-        output = self.device.sample(sample, buffers)
-        output.copy_to_host_async()
         self.num_steps += 1
         self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
         self.num_padded_tokens += forward.num_tokens * self.num_ranks
-        wide = []
-        if need & _WIDE:
-            sizes = WideSizes(sample.num_rows, self.plan.scheduler.max_num_seqs, forward.num_tokens, self.vocab_size)
-            wide = launch_wide(self.device, batches, buffers, output, sizes)
-        pooling = []
-        if need & _POOLING:
-            pooling = launch_pooling(self.device, batches, buffers.last_hidden, self.plan.scheduler.max_num_seqs)
-        return Launched(list(batches), forward.num_tokens, output, sample.num_rows, wide, pooling)
+        launched = Launched(list(batches), forward.num_tokens, max(map(len, slots)), need, buffers)
+        if not hold:
+            self.sample(launched)
+        return launched
+
+    def sample(self, launched: Launched, masks: StepMasks | None = None) -> None:
+        """Samples what a launched step has computed; `masks` are those of its rows under a grammar."""
+        buffers, launched.buffers, launched.masks = launched.buffers, None, masks
+        assert buffers is not None, "a step samples once"
+        if masks is not None:
+            self._write_masks(masks)
+        key = self._sample_key(launched.num_rows, launched.need)
+        launched.num_rows = key.num_rows
+        launched.output = output = self.device.sample(key, buffers)
+        output.copy_to_host_async()
+        if launched.need & _WIDE:
+            sizes = WideSizes(key.num_rows, self.plan.scheduler.max_num_seqs, launched.num_tokens, self.vocab_size)
+            launched.wide = launch_wide(self.device, launched.batches, buffers, output, sizes)
+        if launched.need & _POOLING:
+            slots = self.plan.scheduler.max_num_seqs
+            launched.pooling = launch_pooling(self.device, launched.batches, buffers.last_hidden, slots)
+
+    def _write_masks(self, masks: StepMasks) -> None:
+        """Puts a step's masks where the sampler looks for them, padded to a rung of rows."""
+        count = masks.slots.shape[1]
+        missing = self._row_rungs[bisect_left(self._row_rungs, count)] - count
+        slots = np.pad(masks.slots, ((0, 0), (0, missing)), constant_values=self.layout.num_slots)
+        self.device.write_masks(slots, np.pad(masks.words, ((0, 0), (0, missing), (0, 0))))
 
     def rehearse(self) -> None:
         """See `Device.rehearse`; for everything that serving may meet."""
@@ -164,12 +190,12 @@ class Runner:
             StepResult([], {}) if batch is None else read_rank(output[rank], batch)
             for rank, batch in enumerate(launched.batches)
         ]
-        read_wide(launched.wide, launched.batches, results)
+        read_wide(launched.wide, launched.batches, results, launched.masks)
         read_pooling(launched.pooling, results)
         return results
 
 
-_RANDOM, _FILTERS, _ADJUST, _LOGPROBS, _WIDE, _POOLING = (1 << bit for bit in range(6))
+_RANDOM, _FILTERS, _ADJUST, _LOGPROBS, _WIDE, _MASKED, _POOLING = (1 << bit for bit in range(7))
 
 
 def _need_of(params: SamplingParams) -> int:
@@ -183,6 +209,7 @@ def _need_of(params: SamplingParams) -> int:
         | _ADJUST * variant.adjust
         | _LOGPROBS * (variant.num_logprobs is not None)
         | _WIDE * wide
+        | _MASKED * variant.masked
     )
 
 
@@ -190,7 +217,8 @@ def _need_of(params: SamplingParams) -> int:
 def _samplers(need: int, counts: tuple[int, ...]) -> list[Sample]:
     """The samplers that serve such rows, the cheapest first; `counts`: row rungs that hold them."""
     logprobs = MAX_LOGPROBS if need & _LOGPROBS else None
-    variant = SamplerVariant(bool(need & _RANDOM), bool(need & _FILTERS), bool(need & _ADJUST), logprobs)
+    random, filters, adjust, masked = (bool(need & bit) for bit in (_RANDOM, _FILTERS, _ADJUST, _MASKED))
+    variant = SamplerVariant(random, filters, adjust, logprobs, masked)
     serving = sorted((v for v in VARIANTS if v.serves(variant)), key=lambda v: v.cost)
     return [Sample(count, variant) for variant in serving for count in counts]
 

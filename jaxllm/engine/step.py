@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.engine.layout import LENGTH, ROW, SAMPLES, SLOT, START, StepLayout, Unpacked
-from jaxllm.engine.sampling import Sampled, SamplerVariant, SlotTables, logprobs_of, sample, unpack
+from jaxllm.engine.sampling import (
+    Sampled,
+    SamplerVariant,
+    SlotTables,
+    apply_grammar_mask,
+    logprobs_of,
+    sample,
+    unpack,
+)
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
 from pallas_kernels.ragged_paged_attention import AttentionMetadata
 from sharding import TENSOR, num_shards, shard_start, sum_over
@@ -186,6 +194,7 @@ def sample_rows(
     rows: jax.Array,
     history: jax.Array,
     tables: tuple[jax.Array, jax.Array, jax.Array] | None,
+    masks: jax.Array | None = None,
 ):
     """Samples the first `num_rows` rows and remembers their tokens.
 
@@ -194,6 +203,7 @@ def sample_rows(
       rows: int32[S, ROW] from `forward`.
       history: int32[S, L] (donated): gets the tokens of the rows that sample.
       tables: bias, stop_mask and bad_words of `SlotTables`; None for variants without `adjust`.
+      masks: int32[S, ceil(V / 32)], see `apply_grammar_mask`; None for variants that are not `masked`.
 
     Returns:
       (history, int32[num_rows, OUTPUT_COLUMNS + 2 N] as `unpack_output` reads it).
@@ -206,6 +216,8 @@ def sample_rows(
     in_range = jnp.minimum(slots, shape.layout.num_slots - 1)
     axis = shape.vocab_axis
     start = shard_start(logits.shape[1], axis)
+    if masks is not None:
+        logits = apply_grammar_mask(logits, params, masks, in_range, start)
     out = sample(logits, params, slot_tables, in_range, variant, shape.vocab_size, start, axis)
     writes = jnp.where(rows[:, SAMPLES] > 0, slots, shape.layout.num_slots)
     history = history.at[writes, params.position].set(out.tokens[:, 0], mode="drop")
@@ -221,6 +233,11 @@ def pack_output(out: Sampled) -> jax.Array:
     columns = [out.tokens, out.num_accepted[:, None], bits(out.logprob)[:, None], out.rank[:, None]]
     columns += [out.finite.astype(jnp.int32)[:, None], out.top_ids, bits(out.top_logprobs)]
     return jnp.concatenate(columns, axis=1)
+
+
+def write_masks(table: jax.Array, slots: jax.Array, masks: jax.Array) -> jax.Array:
+    """Writes int32[M, W] masks to these slots of the table int32[S, W]; slots past the last are dropped."""
+    return table.at[slots].set(masks, mode="drop")
 
 
 def wide_logprobs(

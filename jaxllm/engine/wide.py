@@ -10,6 +10,7 @@ import numpy as np
 from jaxllm.core.batch import Batch
 from jaxllm.engine.device import Device, WideLogprobs
 from jaxllm.engine.executables import WIDE_ROWS
+from jaxllm.engine.grammars import StepMasks
 from jaxllm.engine.results import StepResult, TokenLogprobs
 from jaxllm.engine.sampling import MAX_LOGPROBS, is_wide
 from jaxllm.engine.step import StepBuffers
@@ -72,8 +73,13 @@ def launch_wide(
     return reads
 
 
-def read_wide(reads: Sequence[WideRead], batches: Sequence[Batch | None], results: Sequence[StepResult]) -> None:
-    """Waits for what `launch_wide` has started and puts it into the rows' details."""
+def read_wide(
+    reads: Sequence[WideRead],
+    batches: Sequence[Batch | None],
+    results: Sequence[StepResult],
+    masks: StepMasks | None = None,
+) -> None:
+    """Waits for what `launch_wide` has started and puts it into the rows' details. `masks`: the step's, if any."""
     for wide in reads:
         logprob, rank_, ids, tops = (np.asarray(array) for array in wide.result)
         for at, (rank, row, position) in enumerate(wide.owners):
@@ -82,13 +88,28 @@ def read_wide(reads: Sequence[WideRead], batches: Sequence[Batch | None], result
             params = batch.rows[row].request.params
             asked = params.logprobs if position is None else params.prompt_logprobs
             count = ids.shape[1] if asked in (-1, None) else min(asked, ids.shape[1])
-            tokens, values = ids[at, :count].tolist(), tops[at, :count].tolist()
-            entry = TokenLogprobs(float(logprob[at]), int(rank_[at]), tokens, values)
+            one = float(logprob[at]), int(rank_[at]), ids[at], tops[at]
+            allowed = masks.allowed(rank, batch.rows[row].slot) if masks is not None and position is None else None
+            if allowed is not None:
+                one = _among_allowed(*one, allowed)
+            entry = TokenLogprobs(one[0], one[1], one[2][:count].tolist(), one[3][:count].tolist())
             detail = results[rank].detail(row)
             if position is None:
                 detail.logprobs = [entry]
             else:
                 detail.prompt_logprobs.append((position, entry))
+
+
+def _among_allowed(
+    logprob: float, rank: int, ids: np.ndarray, values: np.ndarray, allowed: np.ndarray
+) -> tuple[float, int, np.ndarray, np.ndarray]:
+    """Logprobs of the whole vocabulary, most likely first, as they are if all but the allowed tokens are left out."""
+    keep = allowed[ids]
+    total = np.logaddexp.reduce(values[keep].astype(np.float64))
+    rank = 1 + int(np.count_nonzero(values[keep] > logprob))
+    ids = np.concatenate([ids[keep], np.sort(ids[~keep])])
+    values = np.concatenate([values[keep] - total, np.full(np.count_nonzero(~keep), -np.inf)])
+    return logprob - float(total), rank, ids, values
 
 
 def _chunks[T](entries: list[T]) -> Iterator[list[T]]:

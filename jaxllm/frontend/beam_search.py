@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.errors import InvalidRequestError
 from jaxllm.frontend.outputs import Logprob
 
@@ -32,6 +33,7 @@ class BeamSearchParams:
       length_penalty: sequences are ranked by cum_logprob / length**length_penalty, the prompt and no end-of-sequence
         token counting as length; below 1 favours short ones. In [-10, 10].
       include_stop_str_in_output: keep the end-of-sequence token in `tokens`.
+      structured_outputs: refused: a beam search cannot be put under a grammar.
     """
 
     beam_width: int
@@ -40,12 +42,15 @@ class BeamSearchParams:
     temperature: float = 0.0
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequestError(name, value, "must be an integer of at least 1")
+        if self.structured_outputs is not None:
+            raise InvalidRequestError("structured_outputs", self.structured_outputs, "goes with no beam search")
         for name in ("ignore_eos", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "must be True or False")

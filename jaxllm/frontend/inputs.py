@@ -1,6 +1,7 @@
 """Prompts and parameters to checked requests: everything that can be refused is refused here, before any work."""
 
 import dataclasses
+import importlib.util
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,11 @@ from typing import Any, TypedDict
 from jaxllm.core.pooling_params import PoolingParams
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.core.seeds import derive_seed
+from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.engine.messages import AddRequest
 from jaxllm.errors import InvalidRequestError
 from jaxllm.text.bad_words import bad_word_sequences
+from jaxllm.text.eos import eos_token_ids
 from jaxllm.text.output import OutputText
 from jaxllm.text.tokenizer import Tokenizer
 
@@ -76,12 +79,7 @@ class RequestBuilder:
         self.tokenizer, self.limits = tokenizer, limits
         self._generation_config = generation_config
         self._random = random.Random(seed)
-        ids: set[int] = set()
-        for value in (config.get("eos_token_id"), generation_config.get("eos_token_id")):
-            ids.update([value] if isinstance(value, int) else value or [])
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            ids.add(tokenizer.eos_token_id)
-        self.eos_token_ids = frozenset(ids)
+        self.eos_token_ids = eos_token_ids(config, generation_config, tokenizer)
         self._num_requests = 0
 
     def default_params(self) -> SamplingParams:
@@ -226,7 +224,25 @@ class RequestBuilder:
             for text in getattr(params, field) or ():
                 _check_unicode(field, text)
         params.check_vocabulary(self.limits.vocab_size)
+        if params.structured_outputs is not None:
+            params.structured_outputs = self._checked_structure(params.structured_outputs)
         return params
+
+    def _checked_structure(self, asked: StructuredOutputsParams) -> StructuredOutputsParams:
+        """A copy that messages can carry. Whether its grammar is one turns out where it is compiled, in the core."""
+
+        def refuse(limit: str) -> InvalidRequestError:
+            return InvalidRequestError("structured_outputs", asked, limit)
+
+        if self.tokenizer is None:
+            raise refuse("this model has no tokenizer")
+        if self.tokenizer.bytes_of is None:
+            raise refuse("needs a tokenizer whose decoder works token by token; this model's does not")
+        if not any(token < self.limits.vocab_size for token in self.eos_token_ids):
+            raise refuse("this model has no end-of-sequence token, so that no output could end")
+        if importlib.util.find_spec("llguidance") is None:
+            raise refuse("needs the package llguidance, which the extra 'serve' brings: pip install 'jaxllm[serve]'")
+        return asked.checked()
 
     def _check_emitted(
         self, ids: list[int], emitted: list[int], params: SamplingParams, stops: set[int], max_tokens: int

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, SamplingParams, StructuredOutputsParams
 from jaxllm.errors import ConfigError
 from tests.engine import tiny
 
@@ -22,6 +22,8 @@ def results(llm: LLM) -> dict:
     outputs = llm.generate([prompt for prompt, _ in asked], [params for _, params in asked])
     wide = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2, logprobs=-1, n=2)
     alone = llm.generate(asked[0][0], wide)[0]
+    form = SamplingParams(seed=5, max_tokens=9, structured_outputs=StructuredOutputsParams(regex="([a-c]{3}-)+"))
+    formed = llm.generate([prompt for prompt, _ in asked[:5]], [form, form, asked[2][1], form, form])
     again = llm.generate([asked[i][0] for i in (4, 5)], SamplingParams(temperature=0, max_tokens=4))
     vectors = llm.embed([prompt for prompt, _ in asked])
     return {
@@ -31,6 +33,7 @@ def results(llm: LLM) -> dict:
         "alone": [sample.token_ids for sample in alone.outputs],
         "prompt ids": [sorted(entry) for entry in alone.prompt_logprobs[1:]],
         "best": [next(iter(entry)) for sample in alone.outputs for entry in sample.logprobs],
+        "formed": [output.outputs[0].token_ids for output in formed],
         "again": [output.outputs[0].token_ids for output in again],
     }
 

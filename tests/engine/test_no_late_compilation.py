@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, SamplingParams, StructuredOutputsParams
 from tests.engine import tiny
 
 ASKS: list[dict] = [
@@ -34,6 +34,7 @@ ASKS: list[dict] = [
     {"skip_special_tokens": False},
     {"detokenize": True},
     {"n": 3},
+    {"structured_outputs": StructuredOutputsParams(regex="[a-z]+")},
     {"seed": 2**64 - 1},
 ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, SamplingParams, StructuredOutputsParams
 from jaxllm.engine.executables import Sample
 from jaxllm.engine.sampling import VARIANTS
 from jaxllm.errors import ConfigError
@@ -72,6 +72,8 @@ def outcome(llm: LLM, case: Case) -> dict:
     rounds = [llm.generate(prompts, params) for _ in range(2)]
     wide = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, logprobs=-1, n=2)
     alone = llm.generate(prompts[4], wide)[0]
+    form = SamplingParams(seed=5, max_tokens=9, structured_outputs=StructuredOutputsParams(regex="([a-c]{3}-)+"))
+    formed = llm.generate(prompts[:4], form)
     entries = [entry for sample in alone.outputs for entry in sample.logprobs] + alone.prompt_logprobs[1:]
     entries += [entry for output in rounds[0] for entry in output.outputs[0].logprobs or []]
     return {
@@ -80,6 +82,7 @@ def outcome(llm: LLM, case: Case) -> dict:
         "reasons": [output.outputs[0].finish_reason for output in rounds[0]],
         "hits": sum(output.num_cached_tokens for output in rounds[1]),
         "preemptions": llm.stats()["preemptions"],
+        "formed": [output.outputs[0].text for output in formed],
         "alone": [sample.token_ids for sample in alone.outputs],
         "ids": [list(entry) for entry in entries],
         "ranks": [[logprob.rank for logprob in entry.values()] for entry in entries],

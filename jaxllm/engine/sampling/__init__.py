@@ -1,5 +1,6 @@
 """The sampler: parameters from the host, logits on the device, one token a row."""
 
+from jaxllm.engine.sampling.grammar_mask import apply_grammar_mask, mask_words
 from jaxllm.engine.sampling.logprobs import logprobs_of
 from jaxllm.engine.sampling.noise import Purpose
 from jaxllm.engine.sampling.rows import RowParams, SlotTables, Uses
@@ -41,11 +42,13 @@ __all__ = [
     "SlotParams",
     "SlotTables",
     "Uses",
+    "apply_grammar_mask",
     "bad_words_rows",
     "bias_row",
     "cover",
     "is_wide",
     "logprobs_of",
+    "mask_words",
     "needs_tables",
     "sample",
     "stop_mask_row",

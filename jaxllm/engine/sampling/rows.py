@@ -14,6 +14,7 @@ class Uses(enum.IntFlag):
     STOP_MASK = 2  # min_tokens
     BAD_WORDS = 4  # bad words of several tokens; they read the history too
     PENALTIES = 8  # the history
+    GRAMMAR = 16  # the mask of structured outputs
 
 
 @jax.tree_util.register_dataclass

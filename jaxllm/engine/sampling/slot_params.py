@@ -55,6 +55,8 @@ def needs_tables(params: SamplingParams, bad_words: TokenSequences = ()) -> Uses
         uses |= Uses.BAD_WORDS
     if params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1:
         uses |= Uses.PENALTIES
+    if params.structured_outputs is not None:
+        uses |= Uses.GRAMMAR
     return uses
 
 

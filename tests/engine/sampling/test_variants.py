@@ -3,6 +3,7 @@ import itertools
 import pytest
 
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.engine.sampling import (
     EVERYTHING,
     FILTERS,
@@ -33,6 +34,7 @@ from jaxllm.engine.sampling import (
         ({"temperature": 0, "allowed_token_ids": [1]}, SamplerVariant(adjust=True)),
         ({"temperature": 0, "bad_words": ["no"]}, SamplerVariant(adjust=True)),
         ({"temperature": 0, "min_tokens": 1}, SamplerVariant(adjust=True)),
+        ({"temperature": 0, "structured_outputs": StructuredOutputsParams(regex="a")}, SamplerVariant(masked=True)),
         ({"temperature": 0, "logprobs": 0}, SamplerVariant(num_logprobs=MAX_LOGPROBS)),
         ({"temperature": 0, "logprobs": 20}, SamplerVariant(num_logprobs=MAX_LOGPROBS)),
         ({"temperature": 0, "logprobs": 21}, GREEDY),
@@ -51,9 +53,10 @@ def test_variant_for_a_batch_is_the_union():
 
 
 def test_the_ladder_covers_everything_and_itself():
-    for flags in itertools.product([False, True], repeat=3):
+    for *flags, masked in itertools.product([False, True], repeat=4):
         for num_logprobs in (None, MAX_LOGPROBS):
-            assert cover(SamplerVariant(*flags, num_logprobs)).serves(SamplerVariant(*flags, num_logprobs))
+            need = SamplerVariant(*flags, num_logprobs, masked)
+            assert cover(need).serves(need) and cover(need).masked == masked
     for variant in VARIANTS:
         assert cover(variant) == variant
     assert [v.cost for v in VARIANTS] == sorted(v.cost for v in VARIANTS)
