@@ -19,6 +19,7 @@ from jaxllm.engine.step import (
     StepShape,
     apply_page_updates,
     forward,
+    pooled_rows,
     sample_rows,
     upload_row,
     wide_logprobs,
@@ -266,7 +267,7 @@ class Lowering:
 
     def _pool(self, key: Pool):
         rows = self._array((POOL_ROWS,), jnp.int32, P())
-        run = jax.jit(lambda hidden, index: hidden[index].astype(jnp.float32))
+        run = self._sharded(functools.partial(pooled_rows, self._rank_axis), (P(DATA), P()), P(), donate=())
         return run.lower(self.hidden(self.plan.scheduler.max_num_seqs), rows)
 
 

@@ -254,13 +254,20 @@ def wide_logprobs(
     rank_axis: the mesh axis of data-parallel ranks, None if there is one. Rows count over all ranks; each gives the
     others those that it has, and all compute the same.
     """
-    rows = hidden[index] if rank_axis is None else _rows_of_all_ranks(hidden, index, rank_axis)
+    rows = _rows_of_all_ranks(hidden, index, rank_axis)
     logits = shape.model(leaves).logits(rows, LinearMetadata())
     axis = shape.vocab_axis
     return logprobs_of(logits, targets, k, shape.vocab_size, shard_start(logits.shape[1], axis), axis)
 
 
-def _rows_of_all_ranks(hidden: jax.Array, index: jax.Array, rank_axis: str) -> jax.Array:
+def pooled_rows(rank_axis: str | None, hidden: jax.Array, index: jax.Array) -> jax.Array:
+    """float32[C, embed], rows `index` int32[C] of hidden [N, embed]; `rank_axis` as in `wide_logprobs`."""
+    return _rows_of_all_ranks(hidden, index, rank_axis).astype(jnp.float32)
+
+
+def _rows_of_all_ranks(hidden: jax.Array, index: jax.Array, rank_axis: str | None) -> jax.Array:
+    if rank_axis is None:
+        return hidden[index]
     local = index - shard_start(hidden.shape[0], rank_axis)
     mine = (local >= 0) & (local < hidden.shape[0])
     return sum_over(jnp.where(mine[:, None], hidden[jnp.where(mine, local, 0)], 0), rank_axis)

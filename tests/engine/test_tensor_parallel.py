@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams, StructuredOutputsParams
-from jaxllm.engine.executables import Sample
+from jaxllm.engine.executables import Pool, Sample, WriteMasks
 from jaxllm.engine.sampling import VARIANTS
 from jaxllm.errors import ConfigError
 from tests.engine import tiny
@@ -97,7 +97,7 @@ def collectives(llm: LLM) -> dict[str, dict[str, int]]:
     """How many arrays each kind moves in the optimized HLO of what has been compiled (XLA joins independent ones), and
     of a sampler of each variant."""
     executables = llm._client._core.runner.executables  # type: ignore[attr-defined]
-    executables.prepare(Sample(1, variant) for variant in VARIANTS)
+    executables.prepare([*(Sample(1, variant) for variant in VARIANTS), WriteMasks(1), Pool()])
     futures = executables._futures
     found: dict[str, dict[str, int]] = {}
     for key, future in futures.items():
@@ -122,7 +122,8 @@ def found_by(root: Path, here: Path, names: list[str]) -> list[dict]:
     """What the cases give on eight devices."""
     for name in names:
         directory_of(root, (QUICK | SLOW)[name])
-    environment = {**os.environ, "PYTHONPATH": str(here)}
+    paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "tests.engine.test_tensor_parallel", str(root), *names]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -170,6 +171,8 @@ def expected_collectives(key: str, ranks: int) -> dict[str, int]:
         return {"all-reduce": 1 + 2 * tiny.LAYERS}
     if key.startswith("Wide"):
         return {"all-reduce": 4 + (ranks > 1), "all-gather": 1}
+    if key.startswith("Pool"):
+        return {"all-reduce": 1} if ranks > 1 else {}
     if not key.startswith("Sample"):
         return {}
     sums = 0
