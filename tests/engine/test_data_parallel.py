@@ -52,7 +52,8 @@ def main(checkpoint: str) -> None:
 
 
 def test_two_ranks_give_the_tokens_of_one(engine, checkpoint, root):
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "tests.engine.test_data_parallel", checkpoint("llama")]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
