@@ -42,7 +42,7 @@ def _json_grammar(params: StructuredOutputsParams) -> str:
         schema = json.dumps(parsed)
     if json.loads(schema) in (True, False):  # the library takes objects only
         schema = "{}" if json.loads(schema) else '{"anyOf": [false]}'
-    options: dict[str, Any] = {"whitespace_flexible": not params.disable_any_whitespace}
+    options: Any = {"whitespace_flexible": not params.disable_any_whitespace}
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
     return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=options)
@@ -78,7 +78,7 @@ def _structural_tag(tag: Any) -> str:
         begin, schema, end = (structure.get(name) for name in ("begin", "schema", "end"))
         need(isinstance(begin, str) and isinstance(end, str), "a structure's 'begin' and 'end' are strings")
         need(isinstance(schema, dict), "a structure's 'schema' is a JSON schema")
-        trigger = next((text for text in triggers if begin.startswith(text)), None)
-        need(trigger is not None, f"no trigger begins {begin!r}")
+        trigger = next((text for text in triggers if begin.startswith(text)), "")
+        need(bool(trigger), f"no trigger begins {begin!r}")
         tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
     return llguidance.StructTag.to_grammar(tags)
