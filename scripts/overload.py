@@ -4,9 +4,9 @@
     jaxllm serve MODEL --max-num-seqs 32 --max-queued-requests 32
     python scripts/overload.py http://127.0.0.1:8000 --streams 32
 
-Capacity is what so many streams, each followed by the next, get done. Then requests come at random moments (Poisson), at
-90 % of it and at a multiple. The bar: at the multiple, the median time for an output token of those who are let in is at
-most 1.3 times that at 90 %, and 99 % of the refusals have come within 50 ms of the connection's first byte.
+Capacity is what so many streams, each followed by the next, get done. Then requests come at random moments (Poisson),
+at 90 % of it and at a multiple. The bar: at the multiple, the median time for an output token of those who are let in
+is at most 1.3 times that at 90 %, and 99 % of the refusals have come within 50 ms of the connection's first byte.
 """
 
 import asyncio

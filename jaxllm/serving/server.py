@@ -116,4 +116,6 @@ async def run(
         beat.cancel()
         watch.cancel()
         await asyncio.gather(beat, watch, return_exceptions=True)
+        if services.tracing is not None:
+            await asyncio.to_thread(services.tracing.close)
     return 1 if server.failed else 0
