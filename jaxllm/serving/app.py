@@ -63,7 +63,7 @@ def make_app(services: Services) -> ASGIApp:
         app.add_exception_handler(kind, _failed)
     for module in (generate, embeddings, models, tokenize, operations, admin, page):
         app.include_router(module.router)
-    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS, admin.PATHS)
+    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS, generate.PATHS | embeddings.PATHS, admin.PATHS)
     if services.config.allowed_origins:
         origins = list(services.config.allowed_origins)
         inner = CORSMiddleware(inner, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
