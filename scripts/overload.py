@@ -117,6 +117,7 @@ def describe(name: str, outcomes: list[Outcome], tokens: int) -> tuple[float, fl
     good = [outcome for outcome in outcomes if outcome.status == 200]
     refused = [outcome.last for outcome in outcomes if outcome.status == 429]
     tpots, ttfts = [outcome.tpot(tokens) for outcome in good], [outcome.first for outcome in good]
+    soon = sum(seconds <= BAR_REFUSAL for seconds in refused)
     late = [outcome.late for outcome in outcomes]
     others = len(outcomes) - len(good) - len(refused)
     print(
@@ -124,7 +125,7 @@ def describe(name: str, outcomes: list[Outcome], tokens: int) -> tuple[float, fl
         f"TPOT p50 {quantile(tpots, 0.5) * 1e3:.2f} ms p99 {quantile(tpots, 0.99) * 1e3:.2f} ms; "
         f"TTFT p50 {quantile(ttfts, 0.5) * 1e3:.0f} ms; "
         f"refused within p50 {quantile(refused, 0.5) * 1e3:.1f} ms p99 {quantile(refused, 0.99) * 1e3:.1f} ms "
-        f"most {max(refused, default=0) * 1e3:.1f} ms; "
+        f"most {max(refused, default=0) * 1e3:.1f} ms, {100 * soon / max(1, len(refused)):.1f} % within 50 ms; "
         f"the client was late by p50 {quantile(late, 0.5) * 1e3:.1f} ms p99 {quantile(late, 0.99) * 1e3:.1f} ms"
     )
     return quantile(tpots, 0.5), quantile(refused, 0.99)
