@@ -22,11 +22,14 @@ from jaxllm.serving.routes import admin, embeddings, generate, models, operation
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import error_response
 from jaxllm.serving.tools import tool_parser
+from jaxllm.serving.tracing import check_tracing, open_tracing
 
 
 def check(config: ServerConfig) -> None:
     """Raises ConfigError for what can be refused before the engine starts."""
     load_admin_keys(config)
+    if config.otlp_traces_endpoint is not None:
+        check_tracing(config.otlp_traces_endpoint)
     if config.tool_call_parser is not None:
         tool_parser(config.tool_call_parser)
     if config.reasoning_parser is not None:
@@ -43,8 +46,10 @@ def make_services(llm: AsyncLLM, config: ServerConfig) -> Services:
     names = list(config.served_model_name) or [llm.config.model]
     metrics = Metrics(names[0], lambda: heartbeat.stats, lambda: (admission.samples, admission.waiting_tokens))
     template = None if config.chat_template is None else Path(config.chat_template).read_text()
+    endpoint = config.otlp_traces_endpoint
+    tracing = None if endpoint is None else open_tracing(endpoint, names[0])
     keys, admin_keys = load_keys(config), load_admin_keys(config)
-    return Services(llm, config, names, keys, admission, heartbeat, metrics, admin_keys, template)
+    return Services(llm, config, names, keys, admission, heartbeat, metrics, admin_keys, template, tracing)
 
 
 def make_app(services: Services) -> ASGIApp:
@@ -58,7 +63,7 @@ def make_app(services: Services) -> ASGIApp:
         app.add_exception_handler(kind, _failed)
     for module in (generate, embeddings, models, tokenize, operations, admin, page):
         app.include_router(module.router)
-    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS, admin.PATHS)
+    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS, generate.PATHS | embeddings.PATHS, admin.PATHS)
     if services.config.allowed_origins:
         origins = list(services.config.allowed_origins)
         inner = CORSMiddleware(inner, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

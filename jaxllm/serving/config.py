@@ -43,6 +43,7 @@ class ServerConfig:
     request_timeout: float | None = _option(None, "seconds after which a request ends with an error; None: no limit")
     drain_timeout: float = _option(60.0, "seconds that requests under way get to end after SIGTERM")
     health_timeout: float = _option(60.0, "seconds without a sign of life of the engine after which /health fails")
+    otlp_traces_endpoint: str | None = _option(None, "address of an OpenTelemetry collector; needs the extra otel")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "least severe messages that are logged")
     log_format: Literal["auto", "json", "text"] = _option("auto", "one JSON object a line; at a terminal plain text")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxllm.serving.auth import ApiKey
 from jaxllm.serving.errors import refuse
+from jaxllm.serving.tracing import HEADERS
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 _numbers = itertools.count()
@@ -25,6 +26,7 @@ class Context:
       key: whose request it is; None where no key is needed.
       begin: seconds of time.perf_counter at its arrival.
       timeout: seconds after which it ends with an error, as the client asked in X-Request-Timeout.
+      caller: the W3C headers of the caller's trace, if there were any.
       log: what the line in the log will say beside that.
     """
 
@@ -33,6 +35,7 @@ class Context:
     key: ApiKey | None = None
     begin: float = dataclasses.field(default_factory=time.perf_counter)
     timeout: float | None = None
+    caller: dict[str, str] = dataclasses.field(default_factory=dict)
     log: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def cache_salt(self, asked: str | None) -> str:
@@ -51,7 +54,9 @@ def new_context(headers: Mapping[bytes, bytes]) -> Context:
     """A context with the client's X-Request-Id if it is harmless, else a drawn one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-    return numbered(request_id)
+    context = numbered(request_id)
+    context.caller = {name.decode(): headers[name].decode("latin-1") for name in HEADERS if name in headers}
+    return context
 
 
 def asked_timeout(headers: Mapping[bytes, bytes]) -> float | None:

@@ -94,6 +94,14 @@ def _tell(services: Services, context: Context, outputs: list[EmbeddingRequestOu
         if output.queue_time is not None:
             metrics.queue_time.observe(output.queue_time)
     context.log["prompt_tokens"] = sum(len(output.prompt_token_ids) for output in outputs)
+    if services.tracing is not None:
+        attributes = {
+            "gen_ai.request.id": context.request_id,
+            "gen_ai.usage.prompt_tokens": context.log["prompt_tokens"],
+            "gen_ai.usage.num_sequences": len(outputs),
+            "gen_ai.latency.time_in_queue": outputs[0].queue_time,
+        }
+        services.tracing.request(time.perf_counter() - context.begin, context.caller, attributes)
     context.log["cached_tokens"] = sum(output.num_cached_tokens for output in outputs)
 
 

@@ -23,6 +23,8 @@ class Gate:
 
     Args:
       open_paths: further paths that need no key.
+      admitted_paths: those that a full queue closes, before any work is spent on their bodies: when more comes than
+        the server can take, refusals must cost next to nothing, or they are late and slow down who is served.
       admin_paths: those that need an admin key, and no other.
     """
 
@@ -31,9 +33,11 @@ class Gate:
         app: ASGIApp,
         services: Services,
         open_paths: frozenset[str] = frozenset(),
+        admitted_paths: frozenset[str] = frozenset(),
         admin_paths: frozenset[str] = frozenset(),
     ):
-        self._app, self._services, self._open, self._admin = app, services, OPEN | open_paths, admin_paths
+        self._app, self._services, self._open = app, services, OPEN | open_paths
+        self._admitted, self._admin = admitted_paths, admin_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,6 +81,8 @@ class Gate:
                 given = b"authorization" in headers or b"x-api-key" in headers
                 message = "the API key is unknown" if given else "an API key is needed: Authorization: Bearer KEY"
                 raise ApiError(401, message, None, "invalid_api_key")
+        if scope["path"] in self._admitted and scope["method"] == "POST":
+            self._services.admission.check(1)
         context.timeout = asked_timeout(headers)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:

@@ -59,6 +59,7 @@ class Generation:
         self._first = [0.0] * self.num_choices
         self._counts = [0] * self.num_choices
         self._ended = [False] * self.num_choices
+        self._error: str | None = None
         self._streams: list[AsyncIterator[CompletionOutput]] = []
         self._heads: list[asyncio.Task] = []
         self._pumps: list[asyncio.Task] = []
@@ -105,7 +106,28 @@ class Generation:
                 "output_tokens": self.usage.completion_tokens,
                 "cached_tokens": self.usage.cached_tokens,
             }
+            self._trace()
         self._ticket.leave()
+
+    def _trace(self) -> None:
+        """One span for all of it."""
+        if self._services.tracing is None:
+            return
+        params, log = self._params, self._context.log
+        attributes = {
+            "gen_ai.request.id": self._context.request_id,
+            "gen_ai.request.n": params.n,
+            "gen_ai.request.temperature": params.temperature,
+            "gen_ai.request.top_p": params.top_p,
+            "gen_ai.request.max_tokens": params.max_tokens,
+            "gen_ai.usage.prompt_tokens": self.usage.prompt_tokens,
+            "gen_ai.usage.completion_tokens": self.usage.completion_tokens,
+            "gen_ai.usage.num_sequences": self.num_choices,
+            "gen_ai.latency.time_in_queue": log.get("queue_s"),
+            "gen_ai.latency.time_to_first_token": log.get("ttft_s"),
+        }
+        seconds = time.perf_counter() - self._context.begin
+        self._services.tracing.request(seconds, self._context.caller, attributes, self._error)
 
     def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
         return self._one() if len(self._streams) == 1 else self._several()
@@ -174,6 +196,7 @@ class Generation:
         if delta.finish_reason is not None:
             self._end(index, delta.finish_reason, now)
             if delta.finish_reason == "error":
+                self._error = delta.error
                 raise ApiError(500, delta.error or "the engine has given up this sample", None, "generation_error")
 
     def _end(self, index: int, reason: str, now: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from jaxllm.async_llm import AsyncLLM
+from jaxllm.engine import heap
 from jaxllm.errors import ConfigError
 from jaxllm.serving import log
 from jaxllm.serving.app import check, make_app, make_services
@@ -86,6 +87,7 @@ async def serve(model: str, config: ServerConfig, options: dict[str, Any]) -> in
             if llm.config.warm_up:
                 logger.info("compiling all step sizes; --no-warm-up would begin at once and compile them on the way")
                 await llm.warm_up()
+            heap.freeze()  # what the start has left: walking it again and again would stop all streams and refusals
             return await run(services, bound, f"http://{host}:{port}")
 
 
@@ -116,4 +118,6 @@ async def run(
         beat.cancel()
         watch.cancel()
         await asyncio.gather(beat, watch, return_exceptions=True)
+        if services.tracing is not None:
+            await asyncio.to_thread(services.tracing.close)
     return 1 if server.failed else 0

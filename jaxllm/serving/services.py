@@ -10,6 +10,7 @@ from jaxllm.serving.config import ServerConfig
 from jaxllm.serving.errors import ApiError
 from jaxllm.serving.heartbeat import Heartbeat
 from jaxllm.serving.metrics import Metrics
+from jaxllm.serving.tracing import Tracing
 
 
 @dataclasses.dataclass
@@ -20,6 +21,7 @@ class Services:
       names: the model's names; answers carry the one that was asked for, or the first.
       keys, admin_keys: who may use the API, and who the admin routes.
       chat_template: Jinja source in place of the model's own; None for that.
+      tracing: where spans go; None for nowhere.
       created: Unix time of the server's start.
     """
 
@@ -32,6 +34,7 @@ class Services:
     metrics: Metrics
     admin_keys: ApiKeys = dataclasses.field(default_factory=lambda: ApiKeys([]))
     chat_template: str | None = None
+    tracing: Tracing | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def model(self, asked: str | None) -> str:

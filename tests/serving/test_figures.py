@@ -1,11 +1,12 @@
 """The engine's figures at the server, and its words for what it has to give up."""
 
 import json
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.harness import running
+from tests.serving.harness import running, scripted
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,26 @@ def test_the_engines_reason_reaches_the_client(fresh):
     assert fresh.post("/v1/completions", prompt=[5, 6], max_tokens=2).status_code == 200
     stats = fresh.stats()
     assert stats["running"] == stats["waiting"] == stats["cache_usage"] == 0
+
+
+def test_a_full_server_refuses_without_reading(model):
+    """A body that is not even JSON gets 429 while the queue is full, and 400 otherwise."""
+    engine = scripted(model, ["the hand and the ring " * 40] * 2, max_num_seqs=1, steps_per_second=50)
+    with running(engine, max_queued_requests=0) as server:
+        broken = dict(content=b"{", headers={"content-type": "application/json"})
+        assert server.http.post("/v1/completions", **broken).status_code == 400
+        with server.http.stream(
+            "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 200, "stream": True}
+        ) as it:
+            lines = it.iter_lines()  # dropping it would close the stream
+            next(lines)
+            for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"):
+                refused = server.http.post(path, **broken)
+                assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full", path
+                assert int(refused.headers["retry-after"]) >= 1
+            assert server.http.post("/tokenize", json={"prompt": "a"}).status_code == 200
+        for _ in range(200):
+            if not server.call(lambda: server.services.admission.samples):
+                break
+            time.sleep(0.02)
+        assert server.http.post("/v1/completions", **broken).status_code == 400

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from jaxllm.cli.app import app
+from jaxllm.engine.figures import StepFigures
 from jaxllm.errors import ConfigError
 from jaxllm.serving.auth import ApiKeys, load_keys
 from jaxllm.serving.config import ServerConfig
@@ -211,6 +212,7 @@ def test_the_dashboards_queries_name_metrics_that_exist(model, root):
         text = server.http.get("/metrics").text
         stats = {"prefix_queried_tokens", "prefix_hit_tokens", "scheduled_tokens", "padded_tokens"}
         server.services.heartbeat.stats |= dict.fromkeys(stats, 0)  # of what the stub does not tell
+        server.services.heartbeat.stats["step_seconds"] = StepFigures().seconds.json()
         text += server.call(generate_latest, server.services.metrics.registry).decode()
     dashboard = json.loads((root / "jaxllm" / "serving" / "dashboards" / "grafana.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]

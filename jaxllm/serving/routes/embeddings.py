@@ -16,3 +16,6 @@ async def create_embeddings(
 ) -> Response:
     """One vector for each input."""
     return await unless_left(request, services, context, embed(services, context, body))
+
+
+PATHS = frozenset(route.path for route in router.routes)  # type: ignore[attr-defined]

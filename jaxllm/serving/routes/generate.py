@@ -36,3 +36,6 @@ async def create_response(
 ) -> Response:
     """Answers input items with output items."""
     return await respond(request, services, context, await respond_to(services, context, body))
+
+
+PATHS = frozenset(route.path for route in router.routes)  # type: ignore[attr-defined]
