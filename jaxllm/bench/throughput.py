@@ -145,7 +145,7 @@ def run_once(session: Session, requests: Workload) -> tuple[float, Figures]:
         made = output.outputs[0]
         if len(made.token_ids) != count:
             raise RuntimeError(f"{len(made.token_ids)} tokens instead of {count} (finish_reason={made.finish_reason})")
-    grown = {name: value - before[name] for name, value in after.items()}
+    grown = {name: value - before[name] for name, value in after.items() if isinstance(value, int | float)}
     computed = grown["padded_tokens"]  # the steps' sizes, padding included
     return seconds, Figures(
         steps=grown["steps"],

@@ -20,6 +20,17 @@ logger = logging.getLogger(__name__)
 Key = Hashable
 
 
+_cached = threading.local()  # .hit: whether this thread's last compilation came from JAX's cache
+
+
+def _note(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _cached.hit = True
+
+
+jax.monitoring.register_event_listener(_note)
+
+
 def use_compilation_cache(directory: Path) -> None:
     """Keeps every executable of this process in `directory`. Raises ConfigError if it cannot be made."""
     try:
@@ -70,8 +81,11 @@ class Executables:
         if compiled is not None:
             self.num_restored += 1
         else:
-            compiled = self._lower(key).compile()
-            if self._store is not None:
+            lowered = self._lower(key)
+            _cached.hit = False
+            compiled = lowered.compile()
+            # What JAX has read from its own cache is not written again: on CPU such a copy lacks its functions.
+            if self._store is not None and not _cached.hit:
                 store.save(key, compiled)
         self.seconds[key] = time.perf_counter() - begin
         platform.trim_memory()

@@ -1,5 +1,7 @@
 """Executables that outlive their process: same results, no tracing, nothing wrong from a damaged or stale file."""
 
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,19 @@ from jaxllm.engine.compile import Executables
 from jaxllm.engine.executable_store import ExecutableStore, fingerprint
 from jaxllm.engine.step import SlotState
 
+never_seen = [0.0]  # a constant in the code, so that JAX's own cache has no such executable
+
+
+@pytest.fixture(autouse=True)
+def _another_constant():
+    never_seen[0] = random.SystemRandom().random()
+
 
 def _lower(key: int):
+    constant = never_seen[0]
+
     def step(leaves, caches, state):
-        caches = [cache.at[key].add(leaves[0]) for cache in caches]
+        caches = [cache.at[key].add(leaves[0] + 0 * (cache[key] + constant)) for cache in caches]
         return caches, SlotState(state.num_computed + key, state.page_tables)
 
     return jax.jit(step, donate_argnums=(1,)).lower(*_arguments())
@@ -51,6 +62,14 @@ def test_donation_is_kept(store):
     arguments = _arguments()
     _executables(store, _no_lowering).get(1)(*arguments)
     assert all(cache.is_deleted() for cache in arguments[1])
+
+
+def test_what_comes_from_jaxs_own_cache_is_not_kept_again(tmp_path):
+    """A copy of it would lack its functions on CPU."""
+    first, second = (ExecutableStore(tmp_path, name) for name in ("first", "second"))
+    _executables(first).get(1)
+    _executables(second).get(1)(*_arguments())
+    assert len(list(first.directory.iterdir())) == 1 and not list(second.directory.iterdir())
 
 
 def test_keys_do_not_meet(store):
