@@ -138,10 +138,10 @@ class Device:
         idle: each rank's packed array without a row.
         """
         ready = [key for key in keys if self.executables.ready(key)]
-        for _ in range(2):
-            for key in ready:
-                if isinstance(key, Forward):
-                    buffers = self.forward(key, idle)
+        steps = [key for key in ready if isinstance(key, Forward)]
+        for _ in range(2 if steps else 0):
+            for step in steps:
+                buffers = self.forward(step, idle)
             for key in ready:  # tables are made for the first request that needs them
                 if isinstance(key, Sample) and not (key.variant.adjust or key.variant.masked):
                     jax.block_until_ready(self.sample(key, buffers))

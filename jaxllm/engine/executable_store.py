@@ -25,10 +25,12 @@ MOST_KEPT = 16  # plans whose executables stay on disk; the one used longest ago
 _PACKAGES = ("jaxllm", "pallas_kernels", "sharding")
 
 
+_ROOT = Path(__file__).parents[2]
+
+
 def source_files() -> list[Path]:
     """The Python and JSON files that decide what is compiled."""
-    root = Path(__file__).parents[2]
-    files = [path for package in _PACKAGES for path in (root / package).rglob("*") if path.suffix in (".py", ".json")]
+    files = [path for package in _PACKAGES for path in (_ROOT / package).rglob("*") if path.suffix in (".py", ".json")]
     return sorted(files)
 
 
@@ -37,7 +39,8 @@ def fingerprint(*parts: Any) -> str:
     device = jax.devices()[0]
     digest = hashlib.sha256()
     for path in source_files():
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        place = os.path.relpath(path, _ROOT)  # a file that moves makes another program
+        digest.update(place.encode() + b"\0" + path.read_bytes() + b"\0")
     settings = {name: value for name, value in sorted(jax.config.values.items()) if "cache" not in name}
     flags = (os.environ.get("XLA_FLAGS", ""), os.environ.get("LIBTPU_INIT_ARGS", ""))
     versions = (jax.__version__, jaxlib.__version__, device.client.platform_version, device.device_kind)
