@@ -13,7 +13,7 @@ def has_kernel(x: jax.Array, weight: jax.Array, activation: str, backend: str) -
         return backend == "reference"
     from . import gpu  # Pallas takes time to import
 
-    return gpu.supports(x, weight, activation, gpu.GatedConfig())
+    return gpu.supports(x, weight, activation, gpu.tuned())
 
 
 def gated_matmul(x: jax.Array, weight: jax.Array, *, activation: str, backend: str) -> jax.Array:

@@ -15,14 +15,6 @@ NO_MAXIMUM = -1e30  # a running maximum before any key: finite, so that differen
 WGMMA, PER_ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
 
-def tiled(shape: tuple[int, ...], dtype):
-    """Shared memory in the layout that TMA writes and wgmma reads."""
-    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def rows_of(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[M] to [M, N]."""
     return lax.broadcast_in_dim(value, shape, [0])

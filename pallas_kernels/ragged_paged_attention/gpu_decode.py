@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..mosaic import tiled
 from .gpu_common import (
     LOG2E,
     NO_MAXIMUM,
@@ -28,7 +29,6 @@ from .gpu_common import (
     find_pages,
     rows_of,
     soft_cap,
-    tiled,
 )  # fmt: skip
 from .gpu_merge import Parts, part_rows
 from .gpu_plan import END, FIRST, NEXT, PLACE, ROW, RUN, TILES, DecodePlan, decode_plan

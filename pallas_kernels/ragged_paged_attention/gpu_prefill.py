@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..mosaic import tiled
 from .gpu_common import (
     LOG2E,
     NO_MAXIMUM,
@@ -27,7 +28,6 @@ from .gpu_common import (
     find_pages,
     rows_of,
     soft_cap,
-    tiled,
 )
 from .gpu_plan import prefill_plan
 from .types import AttentionMetadata

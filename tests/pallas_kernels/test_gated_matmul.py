@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gated_matmul import gated_matmul, gpu, has_kernel, reference
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
-SMALL = gpu.GatedConfig(columns=64, blocks=4, slots=3, band=2)
+SMALL = dataclasses.replace(gpu.tuned(), columns=64, blocks=4, slots=3, band=2)
 
 
 def _inputs(rows: int, depth: int, columns: int):
