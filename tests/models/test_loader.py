@@ -16,6 +16,7 @@ from jaxllm.models.llama import LlamaForCausalLM
 from jaxllm.models.registry import model_class
 from jaxllm.models.sources import Parts
 from tests.models.harness import GOLDENS, load_golden, run
+from tests.models.memory import Memory
 
 TINY = dict(
     vocab_size=32,
@@ -26,30 +27,6 @@ TINY = dict(
     num_key_value_heads=1,
     attention_bias=True,
 )
-
-
-class Memory:
-    """A checkpoint of arrays, by name; reading one of `broken` fails as a truncated file does."""
-
-    path = "memory"
-
-    def __init__(self, tensors: dict[str, np.ndarray], broken: tuple[str, ...] = ()):
-        self.tensors, self.broken, self.read = tensors, broken, []
-
-    def names(self):
-        return list(self.tensors)
-
-    def shape(self, name):
-        return self.tensors[name].shape
-
-    def num_bytes(self, name):
-        return self.tensors[name].nbytes
-
-    def read_into(self, name, out):
-        self.read.append(name)
-        if name in self.broken:
-            raise CheckpointError(f"memory: tensor {name!r} is truncated")
-        out[...] = self.tensors[name]
 
 
 def tiny(dtype=jnp.float32, **fields) -> LlamaForCausalLM:

@@ -10,6 +10,7 @@ from jaxllm.models.config import DecoderConfig
 from jaxllm.models.llama import LlamaForCausalLM
 from jaxllm.models.phi3 import Phi3ForCausalLM
 from jaxllm.models.sources import Parts, origins
+from tests.models.memory import Memory
 
 FIELDS = dict(
     vocab_size=37,
@@ -22,28 +23,6 @@ FIELDS = dict(
     attention_bias=True,
     pad_token_id=0,
 )
-
-
-class Memory:
-    """A checkpoint of arrays that counts the elements asked for."""
-
-    path = "memory"
-
-    def __init__(self, tensors: dict[str, np.ndarray]):
-        self.tensors, self.num_read = tensors, 0
-
-    def names(self):
-        return list(self.tensors)
-
-    def shape(self, name):
-        return self.tensors[name].shape
-
-    def num_bytes(self, name):
-        return self.tensors[name].nbytes
-
-    def read_into(self, name, out, index=None):
-        self.num_read += out.size
-        out[...] = self.tensors[name] if index is None else self.tensors[name][index]
 
 
 def abstract(family, shards: int, **fields):
