@@ -1,8 +1,9 @@
 """Ragged paged attention on Hopper GPUs, in Mosaic GPU (Pallas): TMA page gathers, wgmma, warp specialization.
 
-Four steps: `gpu_write` puts the new keys and values into their pages, in place; `gpu_decode` serves the leading rows
-of one query token, split over the keys; `gpu_merge` joins what decode split; `gpu_prefill` serves all other rows and
-zeroes the padding. A batch of decodes only has no prefill: there the merge zeroes the padding.
+A batch of decodes only takes two kernels: `gpu_decode`, split over the keys, which also puts the new keys and values
+into their pages; and `gpu_merge`, which joins what decode split and zeroes the padding. Any other batch takes four:
+`gpu_write` puts the new keys and values into their pages, in place; decode and merge serve the leading rows of one
+query token; `gpu_prefill` serves all other rows and zeroes the padding.
 """
 
 import functools

@@ -43,7 +43,6 @@ class DecodeConfig:
       tile: keys a tile, a multiple of 64.
       slots: tiles (of keys or of values) that each stream's ring holds, at least 2.
       consumers: warpgroups a multiprocessor that compute, 1 or 2, each on a stream of its own.
-      producers: warpgroups a multiprocessor that copy, 1 or as many as compute.
       grain: a row's keys are read up to a multiple of it, at least 16.
       share_from: padded rows from which on rows that begin alike read their common keys together.
       blocks: blocks in the grid: one a multiprocessor.
@@ -52,7 +51,6 @@ class DecodeConfig:
     tile: int = 64
     slots: int = 4
     consumers: int = 2
-    producers: int = 1
     grain: int = 16
     share_from: int = 8
     blocks: int = 132
@@ -120,12 +118,12 @@ def weighted_sum(weights: jax.Array, values_ref, interpret) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.ACC((weights.shape[0], values_ref.shape[1]), jnp.float32))
 
 
-def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig, streams: list):
-    """Fills the rings of some of the block's streams, given by their number in it, a tile of each in turn."""
+def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
+    """Fills the rings of the block's streams, a tile of each in turn."""
     items, tile, slots = ins.plan.items, config.tile, config.slots
     num_kv_heads = ins.cache.shape[2]
-    plans = [i * config.blocks + lax.axis_index("block") for i in streams]
-    counts = [ins.plan.streams[stream, 2] for stream in plans]
+    streams = [i * config.blocks + lax.axis_index("block") for i in range(config.consumers)]
+    counts = [ins.plan.streams[stream, 2] for stream in streams]
 
     def aim(pair, offset):
         """All that it takes to copy a tile; found a tile ahead, so that nothing waits for these loads."""
@@ -136,7 +134,7 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig, streams: lis
 
     def step(index, cursors):
         following = []
-        for i, count, cursor in zip(streams, counts, cursors):
+        for i, (count, cursor) in enumerate(zip(counts, cursors)):
             pair, offset, tiles, next_item, key, end, *pages = cursor
             head = lax.rem(pair, num_kv_heads)
             ended = offset + 1 >= tiles
@@ -157,9 +155,9 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig, streams: lis
 
         return tuple(following)
 
-    start = tuple(aim(ins.plan.streams[stream, 0], ins.plan.streams[stream, 1]) for stream in plans)
+    start = tuple(aim(ins.plan.streams[stream, 0], ins.plan.streams[stream, 1]) for stream in streams)
     lax.fori_loop(0, functools.reduce(jnp.maximum, counts), step, start)
-    for i, count in zip(streams, counts):
+    for i, count in enumerate(counts):
         for slot in range(slots):
             pl.when(2 * count > slot)(functools.partial(plgpu.barrier_wait, scratch.emptied.at[i * slots + slot]))
 
@@ -417,7 +415,7 @@ def decode(
         out_types += part_types(num_runs, ROWS)
     ring = consumers * config.slots
     q_copied = max(8 * pl.cdiv(group, 8), 8 * 256 // head_dim)  # rows: four warps copy at least a (8, 64) tile each
-    keys, producers = min(page_size, tile), config.producers  # keys a copy
+    keys = min(page_size, tile)  # a copy
     staging = (
         plgpu.SMEM((consumers, ROWS, head_dim), q.dtype),
         plgpu.SMEM((consumers, ROWS, min(head_dim, 128) // 2), jnp.float32),
@@ -449,15 +447,14 @@ def decode(
         scratch = _Scratch(*rest[:2], *rest[2], *rest[3:])
         worker = lax.axis_index("wg")
 
-        @pl.when(worker >= consumers)
+        @pl.when(worker == consumers)
         def _():
-            plgpu.set_max_registers(40 if producers == 2 else 56, action="decrease")
-            share = consumers // producers
-            _produce(ins, scratch, config, [(worker - consumers) * share + i for i in range(share)])
+            plgpu.set_max_registers(56, action="decrease")
+            _produce(ins, scratch, config)
 
         @pl.when(worker < consumers)
         def _():
-            plgpu.set_max_registers(216 if producers == 2 else 224, action="increase")
+            plgpu.set_max_registers(224, action="increase")
             mine = {
                 name: getattr(scratch, name).at[worker]
                 for name in scratch._fields
@@ -474,7 +471,7 @@ def decode(
         scratch_types=scratch_types,
         grid=(config.blocks,),
         grid_names=("block",),
-        num_threads=consumers + producers,
+        num_threads=consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         interpret=interpret,
