@@ -91,18 +91,17 @@ class _Scratch(NamedTuple):
     emptied: Any
 
 
-def weighted_sum(weights: jax.Array, values_ref, interpret) -> jax.Array:
-    """weights @ values with the weights in registers, which the interpreter's wgmma does not take."""
+def weighted_sum(acc: jax.Array, weights: jax.Array, values_ref, interpret) -> jax.Array:
+    """acc + weights @ values with the weights in registers, which the interpreter's wgmma does not take."""
     if interpret:
         product = jnp.dot(weights.astype(jnp.float32), values_ref[...].astype(jnp.float32))
         plgpu.commit_smem()  # unlike wgmma, this read is one that a later TMA copy must be fenced from
-        return product
+        return acc + product
 
     def multiply(acc_ref):
         plgpu.wgmma(acc_ref, weights, values_ref)
-        return acc_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((weights.shape[0], values_ref.shape[1]), jnp.float32))
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
@@ -161,6 +160,7 @@ def _consume(
     worker = lax.axis_index("wg")
     stream = worker * config.blocks + lax.axis_index("block")
     scale, value_scale = ins.scales[0], ins.scales[1]
+    factor = LOG2E if cap is not None else scale * LOG2E  # scores are kept as they come: one multiply-add an exponent
     q_stage, q_tile = scratch.q_stage, scratch.q_tile
     q_layout = plgpu.Layout.SMEM_GMEM_COPY(q_stage.shape, q_stage.dtype, 128)
     segments = plan.streams[stream, 3]
@@ -256,26 +256,28 @@ def _consume(
             scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, tile), jnp.float32))
             plgpu.barrier_arrive(scratch.emptied.at[key_slot])
 
-            key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=WGMMA) + low
-            visible = key < end
+            def mask(scores):
+                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=WGMMA) + low
+                visible = key < end
+                if window is not None:
+                    visible &= key >= end - window
+                return jnp.where(visible, scores, -jnp.inf)
+
+            partial = low + tile > end
             if window is not None:
-                visible &= key >= end - window
-            scores = scores * scale
+                partial |= low < end - window
             if cap is not None:
-                scores = soft_cap(scores, cap)
-            scores = jnp.where(visible, scores * LOG2E, -jnp.inf)
-            new_highest = jnp.maximum(highest, scores.max(axis=1))
+                scores = soft_cap(scores * scale, cap)
+            scores = lax.cond(partial, mask, lambda scores: scores, scores)
+            new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
             alpha = jnp.exp2(highest - new_highest)
-            weights = jnp.exp2(scores - rows_of(new_highest, scores.shape))
+            weights = jnp.exp2(scores * factor - rows_of(new_highest, scores.shape))
             total = total * alpha + weights.sum(axis=1)
             weights = weights.astype(q_tile.dtype)
 
             plgpu.barrier_wait(scratch.filled.at[value_slot])
-            partial = (low + tile > end) | is_newest
-            if window is not None:
-                partial |= low < end - window
 
-            @pl.when(partial)
+            @pl.when(partial | is_newest)
             def _clear():
                 oldest = 0 if window is None else end - window - low
                 new_value = None if new_slots is None else scratch.new_rows.at[1]
@@ -286,8 +288,8 @@ def _consume(
 
             accs = list(accs)
             for i in range(len(accs)):
-                product = weighted_sum(weights, values.at[:, pl.ds(i * columns, columns)], interpret)
-                accs[i] = accs[i] * rows_of(alpha, accs[i].shape) + product
+                scaled = accs[i] * rows_of(alpha, accs[i].shape)
+                accs[i] = weighted_sum(scaled, weights, values.at[:, pl.ds(i * columns, columns)], interpret)
             plgpu.barrier_arrive(scratch.emptied.at[value_slot])
             return tuple(accs), new_highest, total
 
