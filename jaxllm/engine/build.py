@@ -42,7 +42,7 @@ def first_keys(plan: EnginePlan, expected: Expected) -> list[Any]:
         Stage(),
         Forward(prefill),
         smallest_decode(plan),
-        Sample(row_rungs(plan.scheduler.max_num_seqs)[0], variant),
+        Sample(row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)[0], variant),
     ]
 
 

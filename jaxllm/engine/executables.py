@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,12 +95,13 @@ class Pool:
     """Reading POOL_ROWS of the rows' last hidden rows, for embeddings."""
 
 
-def row_rungs(max_num_seqs: int) -> tuple[int, ...]:
-    """Row counts of the sampler: 1, then every fourth power of two up to all slots."""
-    rungs = [1]
+def row_rungs(max_num_seqs: int, decode_rungs: Sequence[int] = ()) -> tuple[int, ...]:
+    """Row counts of the sampler: that of the smallest step of decodes (1 without), then each 8 times the one before, up
+    to all slots."""
+    rungs = [min(decode_rungs[0] if decode_rungs else 1, max_num_seqs)]
     while rungs[-1] * 8 < max_num_seqs:
         rungs.append(rungs[-1] * 8)
-    return (*rungs, max_num_seqs) if max_num_seqs > 1 else (1,)
+    return (*rungs, max_num_seqs) if max_num_seqs > rungs[-1] else tuple(rungs)
 
 
 class Lowering:
@@ -279,7 +281,7 @@ def smallest_decode(plan: EnginePlan) -> Forward:
 def warm_up_order(plan: EnginePlan) -> list[Any]:
     """Everything that serving may meet but `Wide`, most needed first."""
     rungs = plan.scheduler.token_rungs
-    rows = row_rungs(plan.scheduler.max_num_seqs)
+    rows = row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)
     keys: list[Any] = [Stage(), smallest_decode(plan)]
     free = [variant for variant in VARIANTS if not variant.masked]
     keys += [Sample(rows[0], variant) for variant in free]  # small, and all that single requests need

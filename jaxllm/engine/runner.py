@@ -67,7 +67,7 @@ class Runner:
         self.num_ranks = num_ranks
         self._params = [SlotParams(plan.scheduler.max_num_seqs) for _ in range(self.num_ranks)]
         self._needs = [np.zeros(plan.scheduler.max_num_seqs, np.uint8) for _ in range(self.num_ranks)]  # see _need_of
-        self._row_rungs = row_rungs(plan.scheduler.max_num_seqs)
+        self._row_rungs = row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)
         self.num_steps = self.num_scheduled_tokens = self.num_padded_tokens = 0
 
     @property

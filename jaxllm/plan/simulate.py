@@ -57,7 +57,7 @@ def _step(batch: Batch, config: SchedulerConfig, cache: KVCache, decode_rungs: S
         tables = [row.request.pages.tables[0] for row in singles if row.request.pages is not None]
         pages = [page for table in tables for page in table if page]
         shared = (len(pages) - len(set(pages))) * cache.page_size
-    rows = row_rungs(config.max_num_seqs)
+    rows = row_rungs(config.max_num_seqs, decode_rungs)
     return Step(
         spans,
         contexts,
