@@ -4,7 +4,8 @@ The floor is that of an engine without overhead, whose memory holds every reques
 one go, common prefixes once, then each step gives every unfinished request a token. A step reads weights once, and the
 keys and values of every unfinished request once, those of a common prefix once for all who share it. Each phase takes
 the longer of its bytes over the copy bandwidth and its FLOPs over the GEMM rate. Norms, activations and sampling count
-as nothing.
+as nothing. All layers count for all tokens, although what follows the last layer's attention is needed for the last
+token of a chunk alone.
 """
 
 import dataclasses

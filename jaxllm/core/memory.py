@@ -26,10 +26,11 @@ def default_rungs(budget: int, on_cpu: bool) -> tuple[int, ...]:
     return tuple(sorted({size for size in (*small, *powers) if size < budget} | {budget}))
 
 
-def default_decode_rungs(max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
-    """Sizes of steps in which every row has one token; none on a CPU. The least is 2: for one row XLA:GPU multiplies
-    and sums instead of taking a product, which is up to 1.5 times slower for small matrices (1024 by 6144, say)."""
-    ladder = () if on_cpu else (2, 8, 32, 64, 128, 192, max_num_seqs)
+def default_decode_rungs(max_num_seqs: int, hidden_size: int, on_cpu: bool) -> tuple[int, ...]:
+    """Sizes of steps in which every row has one token; none on a CPU. The least is 2 for small models: for one row
+    XLA:GPU multiplies and sums instead of taking a product, which took 1.5 times as long over Qwen3-0.6B's matrices
+    (hidden size 1024), and as long over Llama-3.1-8B's (4096)."""
+    ladder = () if on_cpu else (2 if hidden_size < 4096 else 1, 8, 32, 64, 128, 192, max_num_seqs)
     return tuple(sorted({size for size in ladder if size <= max_num_seqs}))
 
 
@@ -43,11 +44,10 @@ def step_bytes(
 ) -> int:
     """Temporaries of the largest step and its sampler.
 
-    A step holds its widest activations (gate and up at once where no kernel joins them), and one array of hidden rows a
-    rung, whose sizes add up to twice the largest; the sampler float32 logits of all rows and five copies. What XLA says
-    of the executables (`memory_analysis`) lies within a tenth below.
+    A step holds its widest activations (gate and up at once where no kernel joins them); the sampler float32 logits of
+    all rows and five copies. What XLA says of the executables (`memory_analysis`) lies within a tenth below.
     """
-    widest = 2 * intermediate_size + 5 * hidden_size
+    widest = 2 * intermediate_size + 3 * hidden_size
     return budget * widest * itemsize + 6 * max_num_seqs * vocab_size * 4
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxllm.engine.addresses import reserve
 from jaxllm.engine.compile import Executables
 from jaxllm.engine.executables import (
     SAMPLER_TABLES,
@@ -44,6 +45,8 @@ class Device:
     def __init__(self, mesh: Mesh, leaves: list[jax.Array], executables: Executables, lowering: Lowering):
         self.leaves, self.executables, self._lowering = leaves, executables, lowering
         self._by_rank, self._everywhere = sharded_by_rank(mesh), replicated(mesh)
+        self._has_graphs = mesh.devices.flat[0].platform == "gpu"
+        self._reserved: dict[int, list[jax.Array]] = {}  # by size, see `addresses`
         self.reset()
 
     def reset(self) -> None:
@@ -53,29 +56,21 @@ class Device:
         self._state: SlotState = jax.tree.map(_zeros, self._lowering.state())
         self._history = _zeros(self._lowering.tables()["history"])
         self._packed = _zeros(self._lowering.packed())
-        self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers(1))
-        self._hidden: dict[int, jax.Array] = {}  # by the step's rung
+        self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers())
         self._tables: dict[str, jax.Array] | None = None
         self._masks: jax.Array | None = None
 
-    def forward(self, key: Forward, packed: list[np.ndarray]) -> StepBuffers:
-        """Runs a step's forward pass over each rank's packed array; what it leaves for the sampler."""
+    def forward(self, key: Forward, packed: list[np.ndarray]) -> tuple[StepBuffers, jax.Array | None]:
+        """Runs a step's forward pass over each rank's packed array; what it leaves for the sampler, and all hidden rows
+        if `key` asks for them."""
         joined = packed[0] if len(packed) == 1 else np.concatenate(packed)
+        self._reserve_for(self._packed)
         self._packed = self.executables.get(Stage())(self._packed, joined)
         run = self.executables.get(key)
-        buffers = dataclasses.replace(self._buffers, hidden=self._hidden_of(key.num_tokens))
-        self.caches, self._state, buffers = run(
-            self.leaves, self.caches, self._state, buffers, self._history, self._packed
+        self.caches, self._state, self._buffers, hidden = run(
+            self.leaves, self.caches, self._state, self._buffers, self._history, self._packed
         )
-        self._buffers, self._hidden[key.num_tokens] = buffers, buffers.hidden
-        return buffers
-
-    def _hidden_of(self, num_tokens: int) -> jax.Array:
-        """The buffer of a rung's hidden rows, made at its first use: by a transfer, which needs no compiler."""
-        if num_tokens not in self._hidden:
-            spec = self._lowering.hidden(num_tokens)
-            self._hidden[num_tokens] = jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)
-        return self._hidden[num_tokens]
+        return self._buffers, hidden
 
     def sample(self, key: Sample, buffers: StepBuffers) -> jax.Array:
         """Samples what a forward pass has left; int32[rows, columns] as `read_rank` reads it."""
@@ -83,7 +78,13 @@ class Device:
         masks = self._mask_table() if key.variant.masked else None
         run = self.executables.get(key)
         self._history, output = run(self.leaves, buffers.last_hidden, buffers.rows, self._history, extra, masks)
+        self._reserve_for(output)
         return output
+
+    def _reserve_for(self, array: jax.Array) -> None:
+        """Makes room for arrays of this size to come and go, if there is none yet."""
+        if self._has_graphs and array.nbytes not in self._reserved:
+            self._reserved[array.nbytes] = reserve(array.addressable_shards[0].data.nbytes, self._everywhere)
 
     def wide(self, k: int, hidden: jax.Array, index: np.ndarray, targets: np.ndarray) -> WideLogprobs:
         """Logprobs of `targets` and of the k most likely tokens at WIDE_ROWS rows `index` of `hidden`."""
@@ -141,7 +142,7 @@ class Device:
         steps = [key for key in ready if isinstance(key, Forward)]
         for _ in range(2 if steps else 0):
             for step in steps:
-                buffers = self.forward(step, idle)
+                buffers, _ = self.forward(step, idle)
             for key in ready:  # tables are made for the first request that needs them
                 if isinstance(key, Sample) and not (key.variant.adjust or key.variant.masked):
                     jax.block_until_ready(self.sample(key, buffers))

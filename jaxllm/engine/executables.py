@@ -39,10 +39,12 @@ MANY_UPDATES = 1024  # page updates of the executable that takes what a step has
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A step's forward pass over a rung of tokens; `decodes_only`: each row has one."""
+    """A step's forward pass over a rung of tokens; `decodes_only`: each row has one; `all_hidden`: it leaves the hidden
+    rows of all tokens, for the logprobs of prompts, and is compiled at first use."""
 
     num_tokens: int
     decodes_only: bool = False
+    all_hidden: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,13 +187,12 @@ class Lowering:
         """A step's packed array."""
         return self.per_rank((self.shape.layout.size,), jnp.int32)
 
-    def buffers(self, num_tokens: int) -> StepBuffers:
-        """What a step of so many tokens leaves for the sampler, abstract."""
+    def buffers(self) -> StepBuffers:
+        """What a step leaves for the sampler, abstract."""
         slots = self.plan.scheduler.max_num_seqs
         rows: Any = self.per_rank((slots, ROW), jnp.int32)
         last_hidden: Any = self.hidden(slots)
-        hidden: Any = self.hidden(num_tokens)
-        return StepBuffers(rows, last_hidden, hidden)
+        return StepBuffers(rows, last_hidden)
 
     def _sharded(self, function, in_specs, out_specs, donate: tuple[int, ...], keep_unused: bool = False):
         """Runs `function` on each device's own part. `keep_unused`: arguments that are not read are there for their
@@ -201,14 +202,14 @@ class Lowering:
 
     def _forward(self, key: Forward):
         run = self._sharded(
-            functools.partial(forward, self.shape, key.num_tokens, key.decodes_only),
+            functools.partial(forward, self.shape, key.num_tokens, key.decodes_only, key.all_hidden),
             (self._leaf_specs, PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA)),
-            (PER_DEVICE, P(DATA), P(DATA)),
+            (PER_DEVICE, P(DATA), P(DATA), P(DATA)),
             donate=(1, 2, 3),
             keep_unused=True,
         )
-        buffers, history = self.buffers(key.num_tokens), self.tables()["history"]
-        return run.lower(self.leaves, self.caches(), self.state(), buffers, history, self.packed())
+        history = self.tables()["history"]
+        return run.lower(self.leaves, self.caches(), self.state(), self.buffers(), history, self.packed())
 
     def _stage(self, key: Stage):
         packed = self.packed()

@@ -33,7 +33,7 @@ from jaxllm.engine.sampling import (
     variant_for,
 )
 from jaxllm.engine.step import StepBuffers, StepShape
-from jaxllm.engine.wide import WideRead, WideSizes, launch_wide, read_wide
+from jaxllm.engine.wide import WideRead, WideSizes, launch_wide, read_wide, scores_prompts
 
 
 @dataclasses.dataclass(slots=True)
@@ -45,6 +45,7 @@ class Launched:
     num_rows: int
     need: int  # see _need_of
     buffers: StepBuffers | None = None
+    hidden: jax.Array | None = None  # of all tokens, where prompts are scored
     output: jax.Array | None = None
     masks: StepMasks | None = None
     wide: list[WideRead] = dataclasses.field(default_factory=list)
@@ -88,7 +89,6 @@ class Runner:
             if batch is not None:
                 self._admit(rank, batch, bad_words)
         self._send_excess_updates(batches)
-        forward = self._forward_key(batches)
         slots = [np.array([row.slot for row in batch.rows] if batch else [], np.intp) for batch in batches]
         need = functools.reduce(
             operator.or_, (int(np.bitwise_or.reduce(need[at])) for need, at in zip(self._needs, slots, strict=True))
@@ -96,18 +96,20 @@ class Runner:
         parts = [
             self.layout.pack(batch, at, params) for batch, at, params in zip(batches, slots, self._params, strict=True)
         ]
-        buffers = self.device.forward(forward, parts)
+        forward = self._forward_key(batches, all_hidden=bool(need & _WIDE) and scores_prompts(batches))
+        buffers, hidden = self.device.forward(forward, parts)
         self.num_steps += 1
         self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
         self.num_padded_tokens += forward.num_tokens * self.num_ranks
-        launched = Launched(list(batches), forward.num_tokens, max(map(len, slots)), need, buffers)
+        launched = Launched(list(batches), forward.num_tokens, max(map(len, slots)), need, buffers, hidden)
         if not hold:
             self.sample(launched)
         return launched
 
     def sample(self, launched: Launched, masks: StepMasks | None = None) -> None:
         """Samples what a launched step has computed; `masks` are those of its rows under a grammar."""
-        buffers, launched.buffers, launched.masks = launched.buffers, None, masks
+        buffers, hidden = launched.buffers, launched.hidden
+        launched.buffers, launched.hidden, launched.masks = None, None, masks
         assert buffers is not None, "a step samples once"
         if masks is not None:
             self._write_masks(masks)
@@ -117,7 +119,7 @@ class Runner:
         output.copy_to_host_async()
         if launched.need & _WIDE:
             sizes = WideSizes(key.num_rows, self.plan.scheduler.max_num_seqs, launched.num_tokens, self.vocab_size)
-            launched.wide = launch_wide(self.device, launched.batches, buffers, output, sizes)
+            launched.wide = launch_wide(self.device, launched.batches, buffers, hidden, output, sizes)
         if launched.need & _POOLING:
             slots = self.plan.scheduler.max_num_seqs
             launched.pooling = launch_pooling(self.device, launched.batches, buffers.last_hidden, slots)
@@ -134,11 +136,11 @@ class Runner:
         idle = [self.layout.pack(None, np.zeros(0, np.intp), params) for params in self._params]
         self.device.rehearse(warm_up_order(self.plan), idle)
 
-    def _forward_key(self, batches: Sequence[Batch | None]) -> Forward:
+    def _forward_key(self, batches: Sequence[Batch | None], all_hidden: bool) -> Forward:
         num_tokens = max(batch.num_tokens for batch in batches if batch is not None)
         rungs, decodes = self.plan.scheduler.token_rungs, self.plan.decode_rungs
-        keys = _forwards(rungs[bisect_left(rungs, num_tokens) :])
-        if all(batch.num_tokens == len(batch.rows) for batch in batches if batch is not None):
+        keys = _forwards(rungs[bisect_left(rungs, num_tokens) :], all_hidden=all_hidden)
+        if not all_hidden and all(batch.num_tokens == len(batch.rows) for batch in batches if batch is not None):
             keys = _forwards(decodes[bisect_left(decodes, num_tokens) :], True) + keys
         return self.executables.first_ready(keys)
 
@@ -224,8 +226,8 @@ def _samplers(need: int, counts: tuple[int, ...]) -> list[Sample]:
 
 
 @functools.cache
-def _forwards(rungs: tuple[int, ...], decodes_only: bool = False) -> list[Forward]:
-    return [Forward(rung, decodes_only) for rung in rungs]
+def _forwards(rungs: tuple[int, ...], decodes_only: bool = False, all_hidden: bool = False) -> list[Forward]:
+    return [Forward(rung, decodes_only, all_hidden) for rung in rungs]
 
 
 def max_updates(plan: EnginePlan) -> int:

@@ -53,12 +53,10 @@ class StepBuffers:
     Attributes:
       rows: int32[S, ROW] with true positions.
       last_hidden: [S, embed], the last hidden row of each row.
-      hidden: [T, embed], all hidden rows.
     """
 
     rows: jax.Array
     last_hidden: jax.Array
-    hidden: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +134,7 @@ def forward(
     shape: StepShape,
     num_tokens: int,
     decodes_only: bool,
+    all_hidden: bool,
     leaves: list[jax.Array],
     caches: list[jax.Array],
     state: SlotState,
@@ -148,6 +147,7 @@ def forward(
     Args:
       num_tokens: static, the step's rung.
       decodes_only: static; True promises that every row has one token.
+      all_hidden: static; whether to compute and return the hidden rows of all tokens, and not only each row's last.
       leaves: the model's parameters.
       caches: one array a layer (donated).
       state: the slots' state (donated).
@@ -156,7 +156,7 @@ def forward(
       packed: int32[size], see `StepLayout`.
 
     Returns:
-      (caches, state, buffers).
+      (caches, state, buffers, [num_tokens, embed] or None without `all_hidden`).
     """
     del buffers
     unpacked = shape.layout.unpack(packed, num_tokens)
@@ -177,12 +177,16 @@ def forward(
     sampled = history.at[slots[row_ids], positions].get(mode="clip")
     token_ids = jnp.where(unpacked.token_ids < 0, sampled, unpacked.token_ids)
     model = shape.model(leaves)
-    hidden, caches = model(token_ids, caches, StepMetadata(attention, LinearMetadata(), shape.backend))
+    ends_at = jnp.maximum(attention[0].query_starts[1:] - 1, 0)  # each row's last token
+    wanted = None if decodes_only or all_hidden or num_rows == num_tokens else ends_at
+    metadata = StepMetadata(attention, LinearMetadata(), wanted, backend=shape.backend)
+    hidden, caches = model(token_ids, caches, metadata)
 
-    last = hidden if decodes_only else hidden[jnp.maximum(attention[0].query_starts[1:] - 1, 0)]
+    last = hidden if decodes_only or wanted is not None else hidden[ends_at]
     last_hidden = jnp.pad(last, ((0, num_slots - num_rows), (0, 0)))
     rows = unpacked.rows.at[:, POSITION].set(ends)
-    return caches, SlotState(num_computed, page_tables), StepBuffers(rows, last_hidden, hidden)
+    buffers = StepBuffers(rows, last_hidden)
+    return caches, SlotState(num_computed, page_tables), buffers, hidden if all_hidden else None
 
 
 def sample_rows(

@@ -36,10 +36,25 @@ class WideSizes:
     vocab_size: int
 
 
+def scores_prompts(batches: Sequence[Batch | None]) -> bool:
+    """Whether a row has prompt tokens whose logprobs are asked for."""
+    return any(
+        row.request.params.prompt_logprobs is not None and row.start + 1 < row.request.num_prompt_tokens
+        for batch in batches
+        for row in (batch.rows if batch else [])
+    )
+
+
 def launch_wide(
-    device: Device, batches: Sequence[Batch | None], buffers: StepBuffers, output: jax.Array, sizes: WideSizes
+    device: Device,
+    batches: Sequence[Batch | None],
+    buffers: StepBuffers,
+    hidden: jax.Array | None,
+    output: jax.Array,
+    sizes: WideSizes,
 ) -> list[WideRead]:
-    """Starts the logprobs of the rows that ask for more than the sampler reports."""
+    """Starts the logprobs of the rows that ask for more than the sampler reports. `hidden`: those of all tokens, of a
+    batch with prompts to score."""
     sampled: dict[int, list[tuple[Owner, int]]] = {}
     prompts: dict[int, list[tuple[Owner, int, int]]] = {}
     for rank, batch in enumerate(batches):
@@ -67,8 +82,9 @@ def launch_wide(
             reads.append(WideRead([owner for owner, _ in part], run))
     for k, asked in prompts.items():
         for entries in _chunks(asked):
+            assert hidden is not None, "see scores_prompts"
             owners, sources, tokens = zip(*entries, strict=True)
-            run = device.wide(k, buffers.hidden, _padded(np.asarray(sources)), _padded(np.asarray(tokens)))
+            run = device.wide(k, hidden, _padded(np.asarray(sources)), _padded(np.asarray(tokens)))
             reads.append(WideRead(list(owners), run))
     return reads
 

@@ -28,7 +28,8 @@ class DecoderLayer(nnx.Module):
     """Llama's layer: attention and MLP, each over the norm of the residual stream.
 
     A layer takes the stream and the update that is still to be added to it, and leaves both so: the sum and the norm
-    that follows it are one pass over memory.
+    that follows it are one pass over memory. What follows its attention is a part of its own (`finish`), since the last
+    layer may do it for some of the tokens only.
     """
 
     def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
@@ -37,19 +38,29 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
         self.mlp = GatedMLP(config, dtype=dtype)
 
-    def __call__(
+    def attend(
         self, stream: jax.Array, update: jax.Array, rope: RopeTables, cache: jax.Array, metadata: StepMetadata
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The stream with the update [T, embed], what its tokens attended to [T, heads * head_dim], and the cache."""
         stream, x = self.input_layernorm.add(stream, update, metadata)
-        update, cache = self.self_attn(x, rope, cache, metadata)
-        stream, x = self.post_attention_layernorm.add(stream, update, metadata)
-        return stream, self.mlp(x, metadata), cache
+        attended, cache = self.self_attn(x, rope, cache, metadata)
+        return stream, attended, cache
+
+    def finish(self, stream: jax.Array, attended: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
+        """The stream and the update to it, both [R, embed], of R rows of what `attend` has left."""
+        stream, x = self.post_attention_layernorm.add(stream, self.self_attn.project(attended, metadata), metadata)
+        return stream, self.mlp(x, metadata)
 
 
 @jax.jit
-def _run_layer(layer, stream, update, rope, cache, metadata):
-    """A jit of its own, so that layers of one structure are traced once."""
-    return layer(stream, update, rope, cache, metadata)
+def _attend(layer, stream, update, rope, cache, metadata):
+    """A jit of its own, as `_finish`, so that layers of one structure are traced once."""
+    return layer.attend(stream, update, rope, cache, metadata)
+
+
+@jax.jit
+def _finish(layer, stream, attended, metadata):
+    return layer.finish(stream, attended, metadata)
 
 
 class DecoderStack(nnx.Module):
@@ -98,7 +109,9 @@ class CausalLM(nnx.Module):
         return tuple(LayerCache(a.group, a.window, a.kv_heads, a.head_dim) for a in attentions)
 
     def __call__(self, token_ids: jax.Array, caches: list[jax.Array], metadata: StepMetadata):
-        """int32[T] token ids to the normalized hidden rows [T, embed], and the caches with the new tokens in them."""
+        """int32[T] token ids to the normalized hidden rows [T, embed], or [R, embed] of `metadata.output_rows`, and the
+        caches with the new tokens in them."""
+        rows, metadata = metadata.output_rows, dataclasses.replace(metadata, output_rows=None)
         hidden = self.model.embed_tokens(token_ids)
         if self.config.embedding_scale != 1.0:
             hidden = hidden * jnp.asarray(self.config.embedding_scale, hidden.dtype)
@@ -108,8 +121,12 @@ class CausalLM(nnx.Module):
         stream, updated = jnp.zeros_like(hidden), []
         for layer, cache in zip(self.model.layers, caches, strict=True):
             tables = rope if layer.self_attn.window is None else local
-            stream, hidden, cache = _run_layer(layer, stream, hidden, tables, cache, metadata)
+            stream, attended, cache = _attend(layer, stream, hidden, tables, cache, metadata)
             updated.append(cache)
+            if rows is not None and len(updated) == len(caches):
+                stream, attended = stream[rows], attended[rows]
+                metadata = dataclasses.replace(metadata, linear=metadata.linear.take(rows))
+            stream, hidden = _finish(layer, stream, attended, metadata)
         return self.model.norm.add(stream, hidden, metadata)[1], updated
 
     def logits(self, hidden: jax.Array, metadata: LinearMetadata) -> jax.Array:

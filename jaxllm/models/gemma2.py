@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jaxllm.models.config import DecoderConfig, activation_of, integer, layer_windows, positive_float
-from jaxllm.models.decoder import CausalLM
-from jaxllm.models.layers import Attention, GatedMLP, RMSNorm, RopeTables
+from jaxllm.models.decoder import CausalLM, DecoderLayer
+from jaxllm.models.layers import RMSNorm
 from jaxllm.models.metadata import StepMetadata
 
 DEFAULTS = {
@@ -38,24 +37,18 @@ def gemma_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-class GemmaLayer(nnx.Module):
+class GemmaLayer(DecoderLayer):
     """Attention and MLP, each between two norms, each added to what came in."""
 
     def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
-        self.input_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
-        self.self_attn = Attention(config, window=window, group=group, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
+        super().__init__(config, window=window, group=group, dtype=dtype)
         self.pre_feedforward_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
-        self.mlp = GatedMLP(config, dtype=dtype)
         self.post_feedforward_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
 
-    def __call__(
-        self, stream: jax.Array, update: jax.Array, rope: RopeTables, cache: jax.Array, metadata: StepMetadata
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        stream, x = self.input_layernorm.add(stream, update, metadata)
-        attended, cache = self.self_attn(x, rope, cache, metadata)
-        stream, x = self.pre_feedforward_layernorm.add(stream, self.post_attention_layernorm(attended), metadata)
-        return stream, self.post_feedforward_layernorm(self.mlp(x, metadata)), cache
+    def finish(self, stream: jax.Array, attended: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
+        update = self.post_attention_layernorm(self.self_attn.project(attended, metadata))
+        stream, x = self.pre_feedforward_layernorm.add(stream, update, metadata)
+        return stream, self.post_feedforward_layernorm(self.mlp(x, metadata))
 
 
 class Gemma2ForCausalLM(CausalLM):

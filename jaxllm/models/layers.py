@@ -183,6 +183,7 @@ class Attention(nnx.Module):
         self.k_norm = norm(dtype=dtype) if config.qk_norm else None
 
     def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
+        """[T, embed] to [T, heads * head_dim], which `project` has still to bring back, and the cache."""
         q, k, v = self._rotated(linear(x, self.qkv_proj, metadata.linear), rope, metadata.backend)
         out, cache = ragged_paged_attention(
             q,
@@ -195,7 +196,11 @@ class Attention(nnx.Module):
             window=self.window,
             cap=self.cap,
         )
-        return linear(out.reshape(x.shape[0], -1), self.o_proj, metadata.linear), cache
+        return out.reshape(x.shape[0], -1), cache
+
+    def project(self, attended: jax.Array, metadata: StepMetadata) -> jax.Array:
+        """[R, heads * head_dim] to [R, embed]."""
+        return linear(attended, self.o_proj, metadata.linear)
 
     def _rotated(self, qkv: jax.Array, rope: RopeTables, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [T, heads, head_dim], from [T, out] of the projection."""

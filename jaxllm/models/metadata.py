@@ -18,6 +18,10 @@ class LinearMetadata:
 
     adapter_ids: jax.Array | None = None
 
+    def take(self, rows: jax.Array) -> "LinearMetadata":
+        """That of these tokens alone."""
+        return LinearMetadata(None if self.adapter_ids is None else self.adapter_ids[rows])
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +31,15 @@ class StepMetadata:
     Attributes:
       attention: an AttentionMetadata for each cache group of the model, in the model's order.
       linear: see LinearMetadata.
+      output_rows: int32[R], the tokens whose hidden rows are wanted: what the last layer computes after its attention
+        is for them alone. None: all.
       backend: the attention backend, one of pallas_kernels.ragged_paged_attention.BACKENDS (static).
     """
 
     attention: tuple[AttentionMetadata, ...]
     linear: LinearMetadata
-    backend: str = dataclasses.field(metadata=dict(static=True))
+    output_rows: jax.Array | None = None
+    backend: str = dataclasses.field(default="reference", metadata=dict(static=True))
 
     @property
     def positions(self) -> jax.Array:

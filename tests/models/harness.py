@@ -67,7 +67,8 @@ def run(model: CausalLM, tokens: np.ndarray, lengths: list[int], backend: str, *
         )
         ids = np.zeros(rung, np.int32)
         ids[companion : companion + length] = tokens[start : start + length]
-        result, caches = _step(model, caches, jnp.asarray(ids), StepMetadata(attention, LinearMetadata(), backend))
+        chunk = StepMetadata(attention, LinearMetadata(), backend=backend)
+        result, caches = _step(model, caches, jnp.asarray(ids), chunk)
         logits.append(np.asarray(result)[companion : companion + length])
         start += length
     assert start == len(tokens)
