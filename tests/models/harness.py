@@ -36,10 +36,19 @@ def _step(model: CausalLM, caches, token_ids, step_metadata: StepMetadata):
     return model.logits(hidden, step_metadata.linear), caches
 
 
-def run(model: CausalLM, tokens: np.ndarray, lengths: list[int], backend: str, *, rung: int) -> np.ndarray:
+def run(
+    model: CausalLM,
+    tokens: np.ndarray,
+    lengths: list[int],
+    backend: str,
+    *,
+    rung: int,
+    output_rows: np.ndarray | None = None,
+) -> np.ndarray:
     """float32[len(tokens), vocab], the logits of a sequence computed in steps of `lengths`, each padded to `rung`
-    tokens. Pages are shuffled, NaN until they are written, and released once they have left their layer's window.
-    Where a rung has room, another sequence takes a decode step first."""
+    tokens; of a single step those of `output_rows` alone, if given. Pages are shuffled, NaN until they are written, and
+    released once they have left their layer's window. Where a rung has room, another sequence takes a decode step
+    first."""
     rng = np.random.default_rng(1)
     layers = model.layer_caches()
     width = -(-max(len(tokens), rung) // PAGE_SIZE) + 1  # so that sequences of one rung share a program
@@ -67,8 +76,11 @@ def run(model: CausalLM, tokens: np.ndarray, lengths: list[int], backend: str, *
         )
         ids = np.zeros(rung, np.int32)
         ids[companion : companion + length] = tokens[start : start + length]
-        chunk = StepMetadata(attention, LinearMetadata(), backend=backend)
+        wanted = None if output_rows is None else jnp.asarray(output_rows + companion)
+        chunk = StepMetadata(attention, LinearMetadata(), wanted, backend=backend)
         result, caches = _step(model, caches, jnp.asarray(ids), chunk)
+        if output_rows is not None:
+            return np.asarray(result)
         logits.append(np.asarray(result)[companion : companion + length])
         start += length
     assert start == len(tokens)

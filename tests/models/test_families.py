@@ -74,10 +74,24 @@ def test_caches():
 def test_layers_are_traced_once(monkeypatch):
     """Layers of one structure share a trace: tracing holds the interpreter's lock, and models have many layers."""
     traced = []
-    call = GemmaLayer.__call__
-    monkeypatch.setattr(GemmaLayer, "__call__", lambda self, *args: traced.append(self) or call(self, *args))
+    for name in ("attend", "finish"):
+        method = getattr(GemmaLayer, name)
+
+        def counted(self, *args, name=name, call=method):
+            traced.append(name)
+            return call(self, *args)
+
+        monkeypatch.setattr(GemmaLayer, name, counted)
     hf = dict(open_checkpoint(GOLDENS / "gemma3").config, num_hidden_layers=12, intermediate_size=44)
     model = Gemma3ForCausalLM(Gemma3ForCausalLM.parse_config(hf), dtype=jnp.float32)
     load_dummy(model)
     run(model, np.arange(8), [8], "reference", rung=8)
-    assert len(traced) == 2  # sliding and full
+    assert sorted(traced) == ["attend", "attend", "finish", "finish"]  # sliding and full
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_output_rows(family):
+    """The rows that are asked for, in their order and however often, are those of a step over all."""
+    tokens, logits = golden(family, 56)
+    kept = np.array([55, 3, 3])
+    check(run(load_golden(family), tokens, [56], "xla", rung=64, output_rows=kept), logits[kept])
