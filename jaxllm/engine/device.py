@@ -77,9 +77,13 @@ class Device:
         extra = tuple(self._sampler_tables().values()) if key.variant.adjust else None
         masks = self._mask_table() if key.variant.masked else None
         run = self.executables.get(key)
-        self._history, output = run(self.leaves, buffers.last_hidden, buffers.rows, self._history, extra, masks)
+        self._history, output = run(self._head, buffers.last_hidden, buffers.rows, self._history, extra, masks)
         self._reserve_for(output)
         return output
+
+    @property
+    def _head(self) -> list[jax.Array]:
+        return [self.leaves[at] for at in self._lowering.shape.head]
 
     def _reserve_for(self, array: jax.Array) -> None:
         """Makes room for arrays of this size to come and go, if there is none yet."""
@@ -90,7 +94,7 @@ class Device:
         """Logprobs of `targets` and of the k most likely tokens at WIDE_ROWS rows `index` of `hidden`."""
         run = self.executables.get(Wide(hidden.shape[0] // self._lowering.ranks, k))
         index_array, target_array = jax.device_put((index, targets), self._everywhere)
-        return run(self.leaves, hidden, index_array, target_array)
+        return run(self._head, hidden, index_array, target_array)
 
     def pool(self, last_hidden: jax.Array, index: np.ndarray) -> jax.Array:
         """float32[POOL_ROWS, embed], rows `index` of `last_hidden`: a copy, since the next step takes the buffer."""

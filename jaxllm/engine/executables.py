@@ -117,6 +117,8 @@ class Lowering:
         self.shape, self.plan, self.mesh = shape, plan, mesh
         self.ranks = mesh.shape[DATA]
         self.leaves, self._leaf_specs = leaves, [leaf.sharding.spec for leaf in leaves]
+        self._head = [leaves[at] for at in shape.head]
+        self._head_specs = [leaf.sharding.spec for leaf in self._head]
 
     def _array(self, shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
@@ -223,12 +225,12 @@ class Lowering:
         tables = P(DATA) if extra is None else tuple(spec.sharding.spec for spec in extra)
         run = self._sharded(
             functools.partial(sample_rows, self.shape, key.variant, key.num_rows),
-            (self._leaf_specs, P(DATA), P(DATA), P(DATA), tables, P(DATA)),
+            (self._head_specs, P(DATA), P(DATA), P(DATA), tables, P(DATA)),
             (P(DATA), P(DATA)),
             donate=(3,),
         )
         rows = self.per_rank((slots, ROW), jnp.int32)
-        return run.lower(self.leaves, self.hidden(slots), rows, history, extra, masks)
+        return run.lower(self._head, self.hidden(slots), rows, history, extra, masks)
 
     def _maketables(self, key: MakeTables):
         specs = self.sampler_tables()
@@ -262,11 +264,11 @@ class Lowering:
         rows = self._array((WIDE_ROWS,), jnp.int32, P())
         run = self._sharded(
             functools.partial(wide_logprobs, self.shape, key.k, self._rank_axis),
-            (self._leaf_specs, P(DATA), P(), P()),
+            (self._head_specs, P(DATA), P(), P()),
             P(),
             donate=(),
         )
-        return run.lower(self.leaves, self.hidden(key.num_hidden), rows, rows)
+        return run.lower(self._head, self.hidden(key.num_hidden), rows, rows)
 
     def _pool(self, key: Pool):
         rows = self._array((POOL_ROWS,), jnp.int32, P())

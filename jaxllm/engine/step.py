@@ -5,6 +5,7 @@ over the vocabulary are each shard's own part.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,18 @@ class StepShape:
     def model(self, leaves: Sequence[Any]):
         """The model over these parameters; free inside a trace."""
         return jax.tree.unflatten(self.treedef, leaves)
+
+    @functools.cached_property
+    def head(self) -> tuple[int, ...]:
+        """Which of the parameters the logits need: an executable's every argument costs its caller time."""
+        return tuple(jax.tree.leaves(self.model(range(self.treedef.num_leaves)).head))
+
+    def logits(self, head: Sequence[Any], hidden: jax.Array) -> jax.Array:
+        """float32[R, V] of hidden rows [R, embed], with the parameters that `head` names."""
+        leaves = [None] * self.treedef.num_leaves
+        for at, leaf in zip(self.head, head, strict=True):
+            leaves[at] = leaf
+        return self.model(leaves).logits(hidden, LinearMetadata())
 
 
 def apply_page_updates(page_tables: tuple[jax.Array, ...], updates: jax.Array) -> tuple[jax.Array, ...]:
@@ -193,7 +206,7 @@ def sample_rows(
     shape: StepShape,
     variant: SamplerVariant,
     num_rows: int,
-    leaves: list[jax.Array],
+    head: list[jax.Array],
     hidden: jax.Array,
     rows: jax.Array,
     history: jax.Array,
@@ -203,6 +216,7 @@ def sample_rows(
     """Samples the first `num_rows` rows and remembers their tokens.
 
     Args:
+      head: the parameters of the logits, see `StepShape`.
       hidden: [S, embed], each row's last hidden row.
       rows: int32[S, ROW] from `forward`.
       history: int32[S, L] (donated): gets the tokens of the rows that sample.
@@ -215,7 +229,7 @@ def sample_rows(
     rows = rows[:num_rows]
     slots = rows[:, SLOT]
     params = unpack(rows[:, 4:])
-    logits = shape.model(leaves).logits(hidden[:num_rows], LinearMetadata())
+    logits = shape.logits(head, hidden[:num_rows])
     slot_tables = None if tables is None else SlotTables(history, *tables)
     in_range = jnp.minimum(slots, shape.layout.num_slots - 1)
     axis = shape.vocab_axis
@@ -248,7 +262,7 @@ def wide_logprobs(
     shape: StepShape,
     k: int,
     rank_axis: str | None,
-    leaves: list[jax.Array],
+    head: list[jax.Array],
     hidden: jax.Array,
     index: jax.Array,
     targets: jax.Array,
@@ -259,7 +273,7 @@ def wide_logprobs(
     others those that it has, and all compute the same.
     """
     rows = _rows_of_all_ranks(hidden, index, rank_axis)
-    logits = shape.model(leaves).logits(rows, LinearMetadata())
+    logits = shape.logits(head, rows)
     axis = shape.vocab_axis
     return logprobs_of(logits, targets, k, shape.vocab_size, shard_start(logits.shape[1], axis), axis)
 

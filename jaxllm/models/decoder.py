@@ -129,6 +129,11 @@ class CausalLM(nnx.Module):
             stream, hidden = _finish(layer, stream, attended, metadata)
         return self.model.norm.add(stream, hidden, metadata)[1], updated
 
+    @property
+    def head(self) -> nnx.Module:
+        """What holds the parameters of `logits`."""
+        return self.lm_head or self.model.embed_tokens
+
     def logits(self, hidden: jax.Array, metadata: LinearMetadata) -> jax.Array:
         """[R, embed] normalized hidden rows to float32[R, vocab], the shard's part of a vocabulary in shards."""
         if self.lm_head is None:
