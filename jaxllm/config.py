@@ -26,7 +26,9 @@ class EngineConfig:
 
     model: str = _option("smollm2", "'smollm2', a Hugging Face directory or id, or a .gguf file")
     revision: str | None = _option(None, "branch, tag or commit of a Hugging Face id")
-    load_format: Literal["auto", "dummy"] = _option("auto", "'dummy' makes random weights from config.json alone")
+    load_format: Literal["auto", "orbax", "dummy"] = _option(
+        "auto", "'orbax' wants what jaxllm convert wrote; 'dummy' makes random weights from config.json alone"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", "auto: float32 on CPU, bfloat16 elsewhere")
     max_model_len: int | None = _option(None, "most tokens of one request, prompt and output; None: the model's limit")
     max_num_seqs: int | None = _option(None, "requests that run at once; None: 32 on CPU, 256 elsewhere")
@@ -85,7 +87,7 @@ class EngineConfig:
         need(number and 0 < share <= 1, "memory_utilization", "must be a number in (0, 1]")
         for field in ("enable_prefix_caching", "engine_process", "warm_up"):
             need(isinstance(getattr(self, field), bool), field, "must be True or False")
-        need(self.load_format in ("auto", "dummy"), "load_format", "must be 'auto' or 'dummy'")
+        need(self.load_format in ("auto", "orbax", "dummy"), "load_format", "must be 'auto', 'orbax' or 'dummy'")
         need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "must be 'auto', 'float32' or 'bfloat16'")
         need(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "must be 'fcfs' or 'priority'")
         backends = "must be None, 'reference', 'xla', 'gpu' or 'tpu'"

@@ -12,7 +12,8 @@ def open_checkpoint(model: str | os.PathLike[str], revision: str | None = None, 
     """Opens a model's checkpoint: its config is read, its tensors are not.
 
     Args:
-      model: "smollm2" (the default model), a directory, a .gguf file or a Hugging Face id.
+      model: "smollm2" (the default model), a directory of Hugging Face's or of `jaxllm convert`'s, a .gguf file or a
+        Hugging Face id.
       revision: a branch, tag or commit of a Hugging Face id.
       weights: of a Hugging Face id, download the weights too; without them it still serves for random ones.
 
@@ -25,6 +26,10 @@ def open_checkpoint(model: str | os.PathLike[str], revision: str | None = None, 
     if path.is_dir() and not (path / "config.json").is_file():
         files = list(path.glob("*.gguf"))
         path = files[0] if len(files) == 1 else path
+    if path.is_dir() and ((path / "weights").is_dir() or (path / "weights.json").is_file()):
+        from jaxllm.checkpoint.orbax_source import OrbaxCheckpoint
+
+        return OrbaxCheckpoint(path)
     if path.is_dir():
         from jaxllm.checkpoint.safetensors_source import SafetensorsCheckpoint
 

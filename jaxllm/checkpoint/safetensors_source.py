@@ -125,7 +125,33 @@ class SafetensorsFile:
         return np.ndarray(shape, dtype, buffer=self._map, offset=begin) if math.prod(shape) else np.empty(shape, dtype)
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class HuggingFaceDirectory(Checkpoint):
+    """A directory with config.json and tokenizer files, whatever its weights are stored in."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads the configuration.
+
+        Raises:
+          ModelNotFoundError: there is no config.json.
+          CheckpointError: a file is corrupt.
+        """
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise ModelNotFoundError(f"{self.path}: no config.json in this directory")
+        self.config = read_json(self.path / "config.json")
+        generation = self.path / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.is_file() else {}
+        self._tokenizer: Tokenizer | None = None
+
+    def tokenizer(self) -> "Tokenizer":
+        if self._tokenizer is None:
+            from jaxllm.text.tokenizer_files import from_directory  # here: tokenizers takes time to import
+
+            self._tokenizer = from_directory(self.path)
+        return self._tokenizer
+
+
+class SafetensorsCheckpoint(HuggingFaceDirectory):
     """See `Checkpoint`. Shards are opened, and their headers checked, when it is made."""
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -135,13 +161,7 @@ class SafetensorsCheckpoint(Checkpoint):
           ModelNotFoundError: there is no config.json.
           CheckpointError: a file is corrupt or truncated, a shard is missing, or a listed tensor is absent.
         """
-        self.path = Path(path)
-        if not (self.path / "config.json").is_file():
-            raise ModelNotFoundError(f"{self.path}: no config.json in this directory")
-        self.config = read_json(self.path / "config.json")
-        generation = self.path / "generation_config.json"
-        self.generation_config = read_json(generation) if generation.is_file() else {}
-        self._tokenizer: Tokenizer | None = None
+        super().__init__(path)
         self._files = self._open_files()
 
     def _open_files(self) -> dict[str, SafetensorsFile]:
@@ -203,10 +223,3 @@ class SafetensorsCheckpoint(Checkpoint):
     def release_memory(self) -> None:
         for file in set(self._files.values()):
             file.release_memory()
-
-    def tokenizer(self) -> "Tokenizer":
-        if self._tokenizer is None:
-            from jaxllm.text.tokenizer_files import from_directory  # here: tokenizers takes time to import
-
-            self._tokenizer = from_directory(self.path)
-        return self._tokenizer

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint import Checkpoint, open_checkpoint
+from jaxllm.checkpoint.orbax_source import OrbaxCheckpoint
 from jaxllm.config import EngineConfig
 from jaxllm.core.expected import Expected
 from jaxllm.engine import platform
@@ -23,8 +24,8 @@ from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
 from jaxllm.engine.runner import Runner, layout_of
 from jaxllm.engine.sampling import cover, variant_for
 from jaxllm.engine.step import StepShape
-from jaxllm.errors import ConfigError
-from jaxllm.models import loader
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.models import loader, restore
 from jaxllm.models.registry import model_class
 from jaxllm.structured.vocabulary import Encode, Vocabulary, vocabulary_of
 from jaxllm.text.eos import eos_token_ids
@@ -53,8 +54,13 @@ def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, mesh:
     if config.load_format == "dummy":
         loader.load_dummy(model, seed=config.seed, shardings=shardings)
         return
+    if config.load_format == "orbax" and not isinstance(checkpoint, OrbaxCheckpoint):
+        raise CheckpointError(f"load_format='orbax': {checkpoint.path} was not written by jaxllm convert")
     with loader.progress_bar() if progress else contextlib.nullcontext() as on_progress:
-        loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
+        if isinstance(checkpoint, OrbaxCheckpoint):
+            restore.restore(model, checkpoint, shardings=shardings, on_progress=on_progress)
+        else:
+            loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
     checkpoint.release_memory()
     platform.trim_memory()
 

@@ -58,6 +58,12 @@ class PreparedRequest:
     eos_token_ids: frozenset[int]
 
 
+def too_long(length: int, most: int) -> str:
+    """The limit that a prompt of so many tokens passes; clients know a context that is too small by these words."""
+    total = f"this model's maximum context length is {most + 1} tokens (max_model_len), one of them for the output"
+    return f"has {length} tokens; at most {most}: {total}"
+
+
 class RequestBuilder:
     """Builds requests for one model.
 
@@ -113,8 +119,7 @@ class RequestBuilder:
             raise InvalidRequestError("prompt", prompt, "must hold at least one token")
         most = self.limits.max_model_len - 1
         if len(ids) > most:
-            limit = f"has {len(ids)} tokens; at most {most}, max_model_len less one for the output"
-            raise InvalidRequestError("prompt", text if text is not None else ids, limit)
+            raise InvalidRequestError("prompt", text if text is not None else ids, too_long(len(ids), most))
         return text, ids
 
     def _checked_ids(self, field: str, ids: Any) -> list[int]:

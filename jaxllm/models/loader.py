@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +56,9 @@ def load(
     Raises:
       CheckpointError: tensors are missing, extra or misshapen (all are named), or a file is truncated.
     """
-    parameters = dict(_parameters(model))
+    parameters = dict(parameters_of(model))
     expected = {path: Parts(path, parameter).tensors() for path, parameter in parameters.items()}
-    _check(expected, checkpoint, tied=getattr(model, "lm_head", True) is None)
+    check(expected, checkpoint, tied=getattr(model, "lm_head", True) is None)
 
     def fill(path: tuple) -> int:
         array = _read(path, parameters[path], checkpoint, dtype, shardings)
@@ -87,7 +87,7 @@ def load_dummy(
     "ones"); all of them are made where they live. The values depend on the seed and the parameters' order alone: a
     model in shards gets those of the whole one.
     """
-    for index, (path, parameter) in enumerate(_parameters(model)):
+    for index, (path, parameter) in enumerate(parameters_of(model)):
         metadata = parameter.get_metadata()
         sharding = None if shardings is None else shardings(metadata["axes"])
         parts = Parts(path, parameter)
@@ -121,15 +121,18 @@ def progress_bar(description: str = "Loading weights") -> Iterator[OnProgress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _parameters(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
+def parameters_of(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Param]]:
     """Every parameter once, with its path: ("model", "layers", 0, …)."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param):
             yield path, node
 
 
-def _check(expected: dict[tuple, list[tuple[str, tuple[int, ...]]]], checkpoint: TensorSource, tied: bool) -> None:
-    """Raises CheckpointError with every name that is missing, extra or misshapen."""
+def check(
+    expected: Mapping[Hashable, Sequence[tuple[str, tuple[int, ...]]]], checkpoint: TensorSource, tied: bool
+) -> None:
+    """Raises CheckpointError with every name that is missing, extra or misshapen. `expected`: of each parameter what it
+    is made of; `tied`: the model has no output projection of its own."""
     shapes = {name: shape for sources in expected.values() for name, shape in sources}
     present = set(checkpoint.names())
     missing = [name for name in shapes if name not in present]

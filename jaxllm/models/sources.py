@@ -117,6 +117,11 @@ class Parts:
                 checkpoint.read_into(source.name, out[start:padding], index)
             out[padding:end] = 0
 
+    def stored_names(self) -> list[str]:
+        """What `jaxllm convert` calls the sources: by the tensor's name, and where they begin if it holds several."""
+        names = [source.name for source in self.sources]
+        return [s.name if names.count(s.name) == 1 else f"{s.name}.{s.start}" for s in self.sources]
+
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Checkpoint names and shapes of what the parameter is made of, in order."""
         widths: dict[str, int] = {}

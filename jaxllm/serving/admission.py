@@ -7,7 +7,7 @@ import time
 
 from jaxllm.serving.errors import ApiError
 
-RATE_WINDOW = 30.0  # seconds over which the rate of finished samples is taken
+RATE_WINDOW = 30.0  # most seconds over which the rate of finished samples is taken
 LONGEST_RETRY = 60  # seconds
 
 
@@ -49,6 +49,7 @@ class Admission:
         self.samples = self.waiting_tokens = 0
         self.draining = False
         self._ends: collections.deque[tuple[float, int]] = collections.deque()
+        self._busy_since = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -67,6 +68,8 @@ class Admission:
         if self.waiting_tokens and self.waiting_tokens + tokens > self._max_tokens:
             message = f"{self.waiting_tokens} prompt tokens wait: at most max_queued_tokens={self._max_tokens} may"
             raise ApiError(429, message, None, "queue_full", retry_after=self._retry_after(1))
+        if not self.samples:
+            self._busy_since = time.monotonic()
         self.samples += samples
         self.waiting_tokens += tokens
         self._idle.clear()
@@ -82,13 +85,14 @@ class Admission:
             self._idle.set()
 
     def _forget(self, now: float) -> None:
-        while self._ends and self._ends[0][0] < now - RATE_WINDOW:
+        while self._ends and self._ends[0][0] < max(now - RATE_WINDOW, self._busy_since):
             self._ends.popleft()
 
     def _retry_after(self, over: int) -> int:
-        """Seconds until so many samples will have ended, at the rate of the last half minute."""
-        self._forget(time.monotonic())
-        rate = sum(samples for _, samples in self._ends) / RATE_WINDOW
+        """Seconds until so many samples will have ended, at the rate of the last half minute or since all was idle."""
+        now = time.monotonic()
+        self._forget(now)
+        rate = sum(samples for _, samples in self._ends) / min(RATE_WINDOW, max(now - self._busy_since, 1e-3))
         return min(LONGEST_RETRY, max(1, math.ceil(over / rate))) if rate else 1
 
     async def drained(self) -> None:

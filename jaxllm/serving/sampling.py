@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.errors import InvalidRequestError
+from jaxllm.frontend.inputs import too_long
 from jaxllm.serving.errors import refuse
 from jaxllm.serving.protocol.common import Sampling
 from jaxllm.serving.services import Services
@@ -72,5 +73,4 @@ def check_length(services: Services, field: str, shown: object, ids: list[int]) 
     """Raises InvalidRequestError for a prompt that leaves no room; `field` and `shown` are the client's own."""
     most = services.llm.max_model_len - 1
     if len(ids) > most:
-        limit = f"has {len(ids)} tokens; at most {most}, max_model_len less one for the output"
-        raise InvalidRequestError(field, shown, limit)
+        raise InvalidRequestError(field, shown, too_long(len(ids), most))

@@ -32,7 +32,7 @@ def abstract(family, shards: int, **fields):
 
 def checkpoint_of(model, rng) -> Memory:
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, parameter in loader._parameters(model):
+    for path, parameter in loader.parameters_of(model):
         shapes |= dict(Parts(path, parameter).tensors())
     return Memory({name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()})
 
@@ -51,7 +51,7 @@ def test_each_shard_reads_its_own_heads_and_halves(family, shards, rng):
         q, k, v = (tensors[f"{layer}self_attn.{name}_proj.weight"] for name in "qkv")
         gate, up = (tensors[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up"))
     model = abstract(family, shards)
-    parameters = {".".join(map(str, path)): (path, parameter) for path, parameter in loader._parameters(model)}
+    parameters = {".".join(map(str, path)): (path, parameter) for path, parameter in loader.parameters_of(model)}
 
     def part(name: str, shard: int, shape: tuple[int, ...]) -> np.ndarray:
         out = np.full(shape, np.nan, np.float32)
@@ -89,7 +89,7 @@ def test_dummy_weights_of_shards_are_those_of_the_whole(shards):
     whole, cut = abstract(LlamaForCausalLM, 1), abstract(LlamaForCausalLM, shards)
     for model in (whole, cut):
         loader.load_dummy(model, seed=3)
-    for (path, one), (_, other) in zip(loader._parameters(whole), loader._parameters(cut), strict=True):
+    for (path, one), (_, other) in zip(loader.parameters_of(whole), loader.parameters_of(cut), strict=True):
         parts = Parts(path, other)
         places = origins(parts.sources, parts.rows)
         expected = np.take(np.asarray(one[...]), places, axis=parts.joined_axis)

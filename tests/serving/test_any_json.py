@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
 
 from jaxllm.serving.protocol.chat import ChatRequest
 from jaxllm.serving.protocol.completions import CompletionRequest
@@ -118,15 +121,16 @@ def test_tokenize(server, path, body):
     check(server, path, body)
 
 
-def test_what_the_schema_allows(server):
-    """Requests made from /openapi.json, for every endpoint."""
+def send_made_cases(server, count: int, mode: GenerationMode) -> int:
+    """Sends so many cases to each endpoint of /openapi.json, and returns how many it sent."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 10
+    sent = []
     for operation in operations:
 
-        @settings(max_examples=5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(case=operation.as_strategy())
+        @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
         def send(case):
             if isinstance(case.body, dict):
                 for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
@@ -134,5 +138,25 @@ def test_what_the_schema_allows(server):
                         case.body[name] = min(case.body[name], 3)
             answer = case.call(timeout=20)
             assert answer.status_code < 500, answer.text
+            sent.append(answer.status_code)
 
-        send()
+        try:
+            send()
+        except Unsatisfiable:  # an endpoint without anything that could be wrong
+            assert mode is GenerationMode.NEGATIVE
+    return len(sent)
+
+
+def test_what_the_schema_allows(server):
+    """Requests made from /openapi.json, for every endpoint."""
+    send_made_cases(server, 5, GenerationMode.POSITIVE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+def test_thousands_of_what_the_schema_allows_and_forbids(server, mode):
+    count = send_made_cases(server, 400, mode)
+    print(f"{count} cases")
+    assert count >= 2000
+    assert server.http.get("/health").status_code == 200
+    assert server.stats()["running"] == server.call(lambda: server.services.admission.samples) == 0

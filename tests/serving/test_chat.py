@@ -141,8 +141,10 @@ def test_reasoning_can_be_left_out(stub, script):
 
 
 def test_a_conversation_with_calls_goes_back_in(server):
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    ignored = {"provider_specific_fields": {"refusal": None}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}} | ignored
     said = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "reasoning_content": "hm"}
+    said |= ignored
     messages = [*HELLO, said, {"role": "tool", "tool_call_id": "1", "content": "ok"}]
     answer = server.post("/v1/chat/completions", messages=messages, temperature=0, max_tokens=4).json()
     wanted = expected(server, '<u>the hand<a>f{"a": 1}<t>ok<a>', max_tokens=4).outputs[0].text

@@ -57,6 +57,7 @@ class ChatMessage(Strict):
     reasoning: Text | None = None
     reasoning_content: Text | None = None
     refusal: Text | None = None
+    provider_specific_fields: dict[str, Any] | None = None  # litellm's; changes nothing
     REFUSED: ClassVar = {
         "annotations": Refusal("the model does not see them", []),
         "audio": Refusal("text only"),

@@ -33,6 +33,7 @@ class FunctionCall(Strict):
 
     name: Text
     arguments: Text
+    provider_specific_fields: dict[str, Any] | None = None  # litellm's; changes nothing
 
 
 class ToolCall(Strict):
@@ -42,6 +43,7 @@ class ToolCall(Strict):
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None
+    provider_specific_fields: dict[str, Any] | None = None  # litellm's; changes nothing
 
 
 def _choice(value: Any) -> str | None:

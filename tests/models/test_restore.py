@@ -1,0 +1,219 @@
+"""`jaxllm convert` and what restores it: the same model on any mesh, and damage that is named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.checkpoint import open_checkpoint
+from jaxllm.checkpoint.orbax_source import MANIFEST, WEIGHTS
+from jaxllm.cli.app import app
+from jaxllm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from jaxllm.models import convert as converting
+from jaxllm.models.convert import convert
+from jaxllm.models.loader import load
+from jaxllm.models.registry import model_class
+from jaxllm.models.restore import restore
+from sharding import make_mesh, partition_spec
+from tests.engine import tiny
+from tests.models.harness import GOLDENS
+
+EIGHT = dict(num_attention_heads=8, num_key_value_heads=2)  # key-value heads fewer than four shards
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+
+
+def write_source(name: str, directory: Path) -> Path:
+    """A golden checkpoint with room for eight shards, or one of `tiny`'s kinds."""
+    if name.startswith("tiny-"):
+        return tiny.write_checkpoint(name.removeprefix("tiny-"), directory, **EIGHT)
+    return Path(shutil.copytree(GOLDENS / name, directory))
+
+
+def filled(directory: Path, mesh, dtype=jnp.float32) -> list[np.ndarray]:
+    """Every parameter of the model on a mesh, whole and in order, with what each device holds."""
+    checkpoint = open_checkpoint(directory)
+    family = model_class(checkpoint.config)
+    model = family(family.parse_config(checkpoint.config).for_shards(mesh.shape["tensor"]), dtype=dtype)
+    fill = restore if (directory / MANIFEST).exists() else load
+    fill(model, checkpoint, shardings=lambda axes: NamedSharding(mesh, partition_spec(axes)))
+    arrays = jax.tree.leaves(model)
+    assert all(array.dtype == dtype for array in arrays)
+    return [np.asarray(shard.data) for array in arrays for shard in array.addressable_shards]
+
+
+def tokens(directory: Path, **options) -> list[list[int]]:
+    with tiny.llm(directory, **options) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(tiny.prompts(3), GREEDY)]
+
+
+MODELS = ["tiny-llama", "tiny-gemma2", "phi3", "qwen2"]  # tied, fused in the checkpoint, with biases
+TOKENS = [("tiny-llama", 2), ("tiny-gemma2", 4)]  # and both on one device, below
+
+
+def main(root: Path) -> None:
+    """In a process of its own: devices must be asked for before JAX starts."""
+    jax.config.update("jax_num_cpu_devices", 4)
+    for name in MODELS:
+        for data, tensor in ((1, 1), (1, 2), (1, 4), (2, 2)):
+            mesh = make_mesh(data=data, tensor=tensor)
+            try:
+                wanted = filled(root / name, mesh)
+            except ConfigError:  # heads that so many shards cannot share
+                continue
+            for one, other in zip(wanted, filled(root / f"{name}-converted", mesh), strict=True):
+                np.testing.assert_array_equal(one, other)
+            print("same", name, data, tensor)
+    for name, tensor in TOKENS:
+        print(json.dumps(tokens(root / f"{name}-converted", tensor_parallel_size=tensor, load_format="orbax")))
+
+
+def test_the_same_parameters_and_tokens_on_any_mesh(tmp_path, root):
+    for name in MODELS:
+        convert(open_checkpoint(write_source(name, tmp_path / name)), tmp_path / f"{name}-converted")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "tests.models.test_restore", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    same = {tuple(line.split()[1:]) for line in lines if line.startswith("same")}
+    assert {name for name, *_ in same} == set(MODELS) and {("tiny-llama", "1", "4"), ("phi3", "1", "2")} <= same
+    found = [json.loads(line) for line in lines if line.startswith("[")]
+    assert found == [tokens(tmp_path / name) for name, _ in TOKENS]
+    assert found == [tokens(tmp_path / f"{name}-converted") for name, _ in TOKENS]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_source("tiny-llama", tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture
+def converted(source, tmp_path) -> Path:
+    convert(open_checkpoint(source), tmp_path / "converted")
+    return tmp_path / "converted"
+
+
+def test_the_command_writes_what_serves_by_itself(source, tmp_path):
+    (source / "generation_config.json").write_text('{"temperature": 0.5}')
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "a" / "b")])
+    assert done.exit_code == 0, done.output
+    shutil.move(tmp_path / "a" / "b", tmp_path / "moved")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == []
+    assert tokens(tmp_path / "moved") == tokens(source)
+    with LLM(tmp_path / "moved", **tiny.OPTIONS) as llm:
+        assert llm.get_default_sampling_params().temperature == 0.5
+        assert llm.chat([{"role": "user", "content": "the"}], GREEDY)[0].outputs[0].token_ids
+
+
+def test_bfloat16_is_stored_as_it_is_and_restored_as_asked(source, tmp_path):
+    import ml_dtypes
+
+    half = Path(shutil.copytree(source, tmp_path / "half"))
+    weights = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(half / "model.safetensors").items()}
+    save_file(weights, half / "model.safetensors")
+    convert(open_checkpoint(half), tmp_path / "converted")
+    checkpoint = open_checkpoint(tmp_path / "converted")
+    assert {checkpoint.dtype(name).name for name in checkpoint.names()} == {"bfloat16"}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        pairs = zip(filled(half, make_mesh(), dtype), filled(tmp_path / "converted", make_mesh(), dtype), strict=True)
+        assert all(np.array_equal(one, other) for one, other in pairs)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert np.array_equal(checkpoint.read(name), weights[name].T)
+    part = np.empty((3, 5), np.float32)
+    checkpoint.read_into(name, part, (slice(2, 5), slice(0, 5)))
+    assert np.array_equal(part, weights[name].T[2:5, :5].astype(np.float32))
+
+
+def largest(directory: Path) -> Path:
+    return max((path for path in (directory / WEIGHTS).rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("which", [largest, lambda d: largest(d).parent / ".zarray", lambda d: d / MANIFEST])
+@pytest.mark.parametrize("damage", [truncate, alter, lengthen, os.remove], ids=lambda damage: damage.__name__)
+def test_damage_is_refused_with_the_files_name(converted, damage, which):
+    path = which(converted)
+    damage(path)
+    if path.name == MANIFEST and damage is lengthen:
+        path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(CheckpointError) as caught:
+        tiny.llm(converted)
+    assert path.name in str(caught.value) and str(converted) in str(caught.value)
+    if path.name != MANIFEST:
+        assert str(path) in str(caught.value)
+
+
+def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converting, "write_manifest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(open_checkpoint(source), tmp_path / "converted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_killed_is_not_taken_for_whole(converted):
+    (converted / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="not whole"):
+        tiny.llm(converted)
+
+
+def test_another_models_config_is_refused_with_all_names(converted):
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "vocab_size": 301}))
+    with pytest.raises(CheckpointError) as caught:
+        tiny.llm(converted)
+    for part in ("missing: model.layers.2", "misshapen: lm_head.weight has shape (32, 300)"):
+        assert part in str(caught.value)
+
+
+def test_refusals(source, tmp_path, converted):
+    with pytest.raises(CheckpointError, match="load_format='orbax'"):
+        tiny.llm(source, load_format="orbax")
+    with pytest.raises(ConfigError, match="exists"):
+        convert(open_checkpoint(source), converted)
+    with pytest.raises(UnsupportedModelError, match="converted already"):
+        convert(open_checkpoint(converted), tmp_path / "again")
+    quantized = Path(shutil.copytree(source, tmp_path / "quantized"))
+    weights = load_file(quantized / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].astype(np.int8)}, quantized / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=f"{name}.*int8"):
+        convert(open_checkpoint(quantized), tmp_path / "new")
+    config = json.loads((source / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UnsupportedModelError, match="quantization_config"):
+        convert(open_checkpoint(quantized), tmp_path / "new")
+    with pytest.raises(UnsupportedModelError, match="GGUF"):
+        convert(open_checkpoint("smollm2"), tmp_path / "new")
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".new*"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
