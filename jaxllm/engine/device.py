@@ -64,7 +64,7 @@ class Device:
         self._packed = self.executables.get(Stage())(self._packed, joined)
         run = self.executables.get(key)
         buffers = dataclasses.replace(self._buffers, hidden=self._hidden_of(key.num_tokens))
-        self.caches, self._state, buffers = run(
+        self.caches, self._state, buffers, self._history = run(
             self.leaves, self.caches, self._state, buffers, self._history, self._packed
         )
         self._buffers, self._hidden[key.num_tokens] = buffers, buffers.hidden

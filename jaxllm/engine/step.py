@@ -152,11 +152,12 @@ def forward(
       caches: one array a layer (donated).
       state: the slots' state (donated).
       buffers: those of an earlier step (donated); what is in them is not read.
-      history: int32[S, L], tokens by slot and position, for those that the host does not know.
+      history: int32[S, L], tokens by slot and position, for those that the host does not know (donated, so that a TPU
+        does not fetch all of it into VMEM for the few that are read; comes back as it was).
       packed: int32[size], see `StepLayout`.
 
     Returns:
-      (caches, state, buffers).
+      (caches, state, buffers, history).
     """
     del buffers
     unpacked = shape.layout.unpack(packed, num_tokens)
@@ -182,7 +183,7 @@ def forward(
     last = hidden if decodes_only else hidden[jnp.maximum(attention[0].query_starts[1:] - 1, 0)]
     last_hidden = jnp.pad(last, ((0, num_slots - num_rows), (0, 0)))
     rows = unpacked.rows.at[:, POSITION].set(ends)
-    return caches, SlotState(num_computed, page_tables), StepBuffers(rows, last_hidden, hidden)
+    return caches, SlotState(num_computed, page_tables), StepBuffers(rows, last_hidden, hidden), history
 
 
 def sample_rows(
