@@ -15,19 +15,39 @@ XLA's own `cost_analysis()` counts VMEM as memory, and each operand of a kernel 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from jaxllm.bench.floor import Work
 from jaxllm.plan.hlo import Array, Computation, Instruction, Module
 
 # Names for what is there already, or ends of what counted at its start.
 FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier domain add-dependency partition-id "
-    "replica-id iota".split()
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "opt-barrier",
+        "domain",
+        "add-dependency",
+        "partition-id",
+        "replica-id",
+        "iota",
+    ]
 )
 FREE_CALLS = frozenset(("ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"))
 COLLECTIVES = frozenset(
-    "all-reduce all-gather all-to-all collective-permute collective-broadcast reduce-scatter ragged-all-to-all".split()
+    [
+        "all-reduce",
+        "all-gather",
+        "all-to-all",
+        "collective-permute",
+        "collective-broadcast",
+        "reduce-scatter",
+        "ragged-all-to-all",
+    ]
 )
 SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that holds the update
@@ -79,6 +99,10 @@ def _in_hbm(shape: Array) -> bool:
     return shape.space == 0
 
 
+def _is_free(opcode: str) -> bool:
+    return opcode in FREE or opcode.endswith(("-done", "call-update", "async-update"))
+
+
 def _bytes(shapes: tuple[Array, ...]) -> int:
     return sum(shape.bytes for shape in shapes if _in_hbm(shape))
 
@@ -96,16 +120,16 @@ class _Counter:
 
     def instruction(self, inside: Computation, instruction: Instruction, runs: int) -> Iterator[Entry]:
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith("-done"):
+        if _is_free(opcode):
             return
         if opcode == "while":
-            times = runs * self.trips(instruction)
+            times = runs * self.trips(inside, instruction)
             for name in instruction.called:
                 yield from self.computation(self.module[name], times)
         elif opcode == "conditional":
             branches = [list(self.computation(self.module[name], runs)) for name in instruction.called]
             yield from max(branches, key=lambda branch: sum(entry.work.bytes for entry in branch))
-        elif opcode in ("call", "async-start"):
+        elif opcode in ("call", "call-start", "async-start"):
             for name in instruction.called:
                 yield from self.computation(self.module[name], runs)
         else:
@@ -116,16 +140,22 @@ class _Counter:
             if moved or flops:
                 yield Entry(instruction.name, opcode, Work(moved * runs, flops * runs), runs)
 
-    def trips(self, loop: Instruction) -> int:
+    def trips(self, inside: Computation, loop: Instruction) -> int:
         _, known, rest = loop.attributes.partition('"known_trip_count":{"n":"')
         if known:
             return int(rest.partition('"')[0])
+        condition, body = (
+            self.module[(loop.attribute(name) or "").removeprefix("%")] for name in ("condition", "body")
+        )
+        counted = _counted_trips(inside, loop, condition, body)
+        if counted is not None:
+            return counted
         if self.loop_runs is None:
             raise ValueError(f"{loop.name}: how often this loop runs is not known: say loop_runs")
         return self.loop_runs
 
     def kernel(self, inside: Computation, instruction: Instruction) -> Work:
-        name = instruction.kernel
+        name = instruction.kernel or ""
         if name not in self.kernels:
             raise ValueError(f"{instruction.name}: what the kernel {name!r} costs is not known: say it in kernels")
         return self.kernels[name]
@@ -214,6 +244,32 @@ class _Counter:
         return 0.0
 
 
+def _counted_trips(inside: Computation, loop: Instruction, condition: Computation, body: Computation) -> int | None:
+    """Of a loop that counts up by one from a constant to below a constant; None for others."""
+    test = condition[condition.root]
+    if test.opcode != "compare" or test.attribute("direction") != "LT":
+        return None
+    counter, end = condition[test.operands[0]], _constant(condition, test.operands[1])
+    index = counter.attribute("index")
+    state, following = inside[loop.operands[0]], body[body.root]
+    if end is None or index is None or state.opcode != "tuple" or following.opcode != "tuple":
+        return None
+    start, step = _constant(inside, state.operands[int(index)]), body[following.operands[int(index)]]
+    if start is None or step.opcode != "add":
+        return None
+    is_counter = [body[name].attribute("index") == index for name in step.operands]
+    steps = [_constant(body, name) for name, is_it in zip(step.operands, is_counter) if not is_it]
+    return max(0, end - start) if steps == [1] else None
+
+
+def _constant(inside: Computation, name: str) -> int | None:
+    instruction = inside[name]
+    if instruction.opcode == "copy":
+        return _constant(inside, instruction.operands[0])
+    is_integer = instruction.opcode == "constant" and instruction.literal.lstrip("-").isdigit()
+    return int(instruction.literal) if is_integer else None
+
+
 def _results(collective: Instruction, num_operands: int) -> tuple[Array, ...]:
     """What a collective gives: the asynchronous ones but all-reduce give their operands and two more words besides."""
     kind = collective.opcode
@@ -225,7 +281,9 @@ def _results(collective: Instruction, num_operands: int) -> tuple[Array, ...]:
 def _convolution_flops(convolution: Instruction, lhs: Array, rhs: Array) -> float:
     """Two for each product of an input and a kernel element that both exist, as in XLA's HloCostAnalysis."""
     labels = (convolution.attribute("dim_labels") or "").replace("->", "_").split("_")
-    inputs, kernel, outputs = (dict(zip(each, shape.dims)) for each, shape in zip(labels, (lhs, rhs, convolution.shape)))
+    inputs, kernel, outputs = (
+        dict(zip(each, shape.dims)) for each, shape in zip(labels, (lhs, rhs, convolution.shape))
+    )
     window = dict(part.split("=") for part in (convolution.attribute("window") or "").split())
     spatial = sorted(label for label in kernel if label.isdigit())
 
@@ -275,9 +333,7 @@ def count(
 
 def _end_prefetches(entry: Computation) -> Iterator[str]:
     """Copies of a parameter that nothing in the program uses: they are there for its next run."""
-    first = {
-        each.operands[0] for each in entry.instructions.values() if each.attribute("cross_program_prefetch_index")
-    }
+    first = {each.operands[0] for each in entry.instructions.values() if each.attribute("cross_program_prefetch_index")}
     for each in entry.instructions.values():
         if each.opcode == "copy-start" and each.operands[0] in first:
             done = [user.name for user, _ in entry.users[each.name]]
@@ -296,27 +352,44 @@ def collectives(module: Module) -> list[Collective]:
     return found
 
 
-def copies(module: Module, least_bytes: int) -> list[str]:
-    """Instructions that put at least so many bytes of what is in HBM there once more, elsewhere or in another order."""
-    found = []
-    for name, computation in module.computations.items():
-        for each in computation.instructions.values():
-            moves = each.opcode in ("copy", "transpose", "copy-start")
-            if moves and _in_hbm(each.shapes[0]) and each.shapes[0].bytes >= least_bytes:
-                source = computation[each.operands[0]].shapes[0]
-                if _in_hbm(source) and not _is_fused(module, name):
-                    found.append(each.name)
-            elif each.opcode == "fusion" and not _is_fused(module, name):
-                fused = module[each.called[0]]
-                is_copy = fused[fused.root].opcode in ("copy", "transpose")
-                if is_copy and _in_hbm(each.shapes[0]) and each.shapes[0].bytes >= least_bytes:
-                    found.append(each.name)
+def copies(module: Module, parameters: Collection[int]) -> list[str]:
+    """Instructions that put what an entry parameter of these numbers holds into HBM once more, as it lies or in another
+    order. What a fusion with a product writes is no copy; kernels work in place."""
+    entry = module[module.entry]
+    found: list[str] = []
+    for number in parameters:
+        name = entry.parameters[number]
+        found += _copies_of(module, entry, name, entry[name].shape.elements)
     return found
 
 
-def _is_fused(module: Module, name: str) -> bool:
+def _copies_of(module: Module, inside: Computation, name: str, elements: int) -> Iterator[str]:
+    for user, index in inside.users[name]:
+        results = {"copy-start": user.shapes[:1], "slice-start": user.shapes[1:2]}.get(user.opcode, user.shapes)
+        same = any(shape.elements == elements for shape in results)
+        if user.opcode in ("bitcast", "get-tuple-element", "custom-call") or _is_update(module, user, index):
+            if same:  # the same array under another name, or changed in place
+                yield from _copies_of(module, inside, user.name, elements)
+        elif not _is_free(user.opcode):
+            copied = any(shape.elements == elements and _in_hbm(shape) for shape in results)
+            if copied and not (user.opcode == "fusion" and _multiplies(module, module[user.called[0]])):
+                yield f"{user.name} of {name}"
+
+
+def _is_update(module: Module, instruction: Instruction, index: int) -> bool:
+    """Whether the operand of this index is updated, and nothing else happens to it."""
+    if instruction.opcode in UPDATES:
+        return index == 0
+    if instruction.opcode != "fusion":
+        return False
+    fused = module[instruction.called[0]]
+    users = fused.users[fused.parameters[index]]
+    return bool(users) and all(_is_update(module, user, inner) for user, inner in users)
+
+
+def _multiplies(module: Module, fused: Computation) -> bool:
     return any(
-        each.opcode == "fusion" and name in each.called
-        for computation in module.computations.values()
-        for each in computation.instructions.values()
+        each.opcode in ("dot", "convolution")
+        or (each.opcode == "fusion" and _multiplies(module, module[each.called[0]]))
+        for each in fused.instructions.values()
     )

@@ -1,6 +1,6 @@
 """What the TPU kernels move of the paged cache and what they multiply, for a batch of known lengths, on one shard.
 
-The same arithmetic as in the kernels' bodies, for accounting: a compiler sees each kernel as a call that takes the whole
+The same arithmetic as in the kernels' bodies, for accounting: a compiler sees a kernel as a call that takes the whole
 cache. Queries, new keys and values, outputs and tables are not in it; they are plain operands, each moved once.
 """
 
@@ -12,15 +12,27 @@ from . import tpu_prefill, tpu_sizes, tpu_write
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one kernel in one layer: bytes read from and written to the cache, and FLOPs of its products, those of masked
-    pairs of queries and keys included."""
+    """Of one kernel in one layer.
+
+    Attributes:
+      read, written: bytes from and to the cache.
+      flops: of products of queries with their own head's keys and values, whole blocks with all that is masked in them.
+      filler_flops: of products of queries with other heads' keys, all masked: they run where registers would otherwise
+        lie empty, see `tpu_decode`.
+    """
 
     read: int = 0
     written: int = 0
     flops: int = 0
+    filler_flops: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.read + other.read, self.written + other.written, self.flops + other.flops)
+        return Traffic(
+            self.read + other.read,
+            self.written + other.written,
+            self.flops + other.flops,
+            self.filler_flops + other.filler_flops,
+        )
 
 
 def cdiv(a: int, b: int) -> int:
@@ -40,10 +52,8 @@ def decode(
         first = 0 if window is None else max(kv_len - window, 0) // page
         pages = cdiv(kv_len, page) - first
         blocks = cdiv(pages, sizes.keys // page)
-        products = problem.num_kv_heads // bundle * (bundle * problem.group) * (bundle * sizes.keys)
-        total += Traffic(
-            pages * page * token, max(problem.tile, 1) * token, 4 * blocks * products * problem.key_lanes
-        )
+        own = 4 * blocks * sizes.keys * problem.num_kv_heads * problem.group * problem.key_lanes
+        total += Traffic(pages * page * token, problem.tile * token, own, (bundle - 1) * own)
     return total
 
 
@@ -85,9 +95,7 @@ def prefill(
     return total
 
 
-def _segments(
-    block: int, start: int, lengths: Sequence[int], kv_lens: Sequence[int]
-) -> Iterator[tuple[int, int, int]]:
+def _segments(block: int, start: int, lengths: Sequence[int], kv_lens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Of each row's part of each block of query tokens: the tokens [low, high) in the block, and the position of the
     block's token 0."""
     for length, kv_len in zip(lengths, kv_lens, strict=True):
@@ -139,9 +147,7 @@ def of_step(
     device = tpu_sizes.chip_of(chip)
     num_decodes = next((row for row, length in enumerate(lengths) if length > 1), len(lengths))
     found = {
-        "ragged_paged_decode": decode(
-            problem, tpu_sizes.decode_sizes(device, problem), kv_lens[:num_decodes], window
-        )
+        "ragged_paged_decode": decode(problem, tpu_sizes.decode_sizes(device, problem), kv_lens[:num_decodes], window)
     }
     if not decodes_only:
         longer, their_keys = lengths[num_decodes:], kv_lens[num_decodes:]
