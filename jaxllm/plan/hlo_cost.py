@@ -20,38 +20,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from jaxllm.bench.floor import Work
 from jaxllm.plan.hlo import Array, Computation, Instruction, Module
 
-# Names for what is there already, or ends of what counted at its start.
-FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "opt-barrier",
-        "domain",
-        "add-dependency",
-        "partition-id",
-        "replica-id",
-        "iota",
-    ]
-)
-FREE_CALLS = frozenset(("ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"))
-COLLECTIVES = frozenset(
-    [
-        "all-reduce",
-        "all-gather",
-        "all-to-all",
-        "collective-permute",
-        "collective-broadcast",
-        "reduce-scatter",
-        "ragged-all-to-all",
-    ]
-)
-SLICES = frozenset(("slice", "dynamic-slice", "gather"))
+# Names for what is there already.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "domain"}
+FREE |= {"add-dependency", "partition-id", "replica-id"}
+FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
+COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "reduce-scatter", "ragged-all-to-all"}
+COLLECTIVES |= {"collective-permute", "collective-broadcast"}
+SLICES = {"slice", "dynamic-slice", "gather"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that holds the update
-VIEWS = frozenset(("bitcast", "reshape", "get-tuple-element", "tuple"))
+VIEWS = {"bitcast", "reshape", "get-tuple-element", "tuple"}
 
 
 @dataclasses.dataclass(frozen=True)
