@@ -27,12 +27,14 @@ _ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def compiling_for(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Iterator[Mesh]:
-    """A mesh of such chips, under which kernels find the chip; what is compiled is not kept on disk, where it could not
-    be read back. Skips the test where libtpu is not installed."""
+def compiling_for(
+    chip: str, shape: tuple[int, ...], axes: tuple[str, ...], topology_name: str | None = None
+) -> Iterator[Mesh]:
+    """A mesh of such chips, the first of a topology, under which kernels find the chip; what is compiled is not kept on
+    disk, where it could not be read back. Skips the test where libtpu is not installed."""
     pytest.importorskip("libtpu")
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name or TOPOLOGIES[chip])
     devices = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
     before = jax.config.jax_enable_compilation_cache

@@ -67,7 +67,7 @@ class Device:
         self._reserve_for(self._packed)
         self._packed = self.executables.get(Stage())(self._packed, joined)
         run = self.executables.get(key)
-        self.caches, self._state, self._buffers, hidden = run(
+        self.caches, self._state, self._buffers, self._history, hidden = run(
             self.leaves, self.caches, self._state, self._buffers, self._history, self._packed
         )
         return self._buffers, hidden

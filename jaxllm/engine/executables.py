@@ -206,8 +206,8 @@ class Lowering:
         run = self._sharded(
             functools.partial(forward, self.shape, key.num_tokens, key.decodes_only, key.all_hidden),
             (self._leaf_specs, PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA)),
-            (PER_DEVICE, P(DATA), P(DATA), P(DATA)),
-            donate=(1, 2, 3),
+            (PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA)),
+            donate=(1, 2, 3, 4),
             keep_unused=True,
         )
         history = self.tables()["history"]

@@ -165,11 +165,12 @@ def forward(
       caches: one array a layer (donated).
       state: the slots' state (donated).
       buffers: those of an earlier step (donated); what is in them is not read.
-      history: int32[S, L], tokens by slot and position, for those that the host does not know.
+      history: int32[S, L], tokens by slot and position, for those that the host does not know (donated, so that a TPU
+        does not fetch all of it into VMEM for the few that are read; comes back as it was).
       packed: int32[size], see `StepLayout`.
 
     Returns:
-      (caches, state, buffers, [num_tokens, embed] or None without `all_hidden`).
+      (caches, state, buffers, history, [num_tokens, embed] or None without `all_hidden`).
     """
     del buffers
     unpacked = shape.layout.unpack(packed, num_tokens)
@@ -199,7 +200,7 @@ def forward(
     last_hidden = jnp.pad(last, ((0, num_slots - num_rows), (0, 0)))
     rows = unpacked.rows.at[:, POSITION].set(ends)
     buffers = StepBuffers(rows, last_hidden)
-    return caches, SlotState(num_computed, page_tables), buffers, hidden if all_hidden else None
+    return caches, SlotState(num_computed, page_tables), buffers, history, hidden if all_hidden else None
 
 
 def sample_rows(

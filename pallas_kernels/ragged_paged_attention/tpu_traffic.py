@@ -1,0 +1,158 @@
+"""What the TPU kernels move of the paged cache and what they multiply, for a batch of known lengths, on one shard.
+
+The same arithmetic as in the kernels' bodies, for accounting: a compiler sees a kernel as a call that takes the whole
+cache. Queries, new keys and values, outputs and tables are not in it; they are plain operands, each moved once.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from . import tpu_prefill, tpu_sizes, tpu_write
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Of one kernel in one layer.
+
+    Attributes:
+      read, written: bytes from and to the cache.
+      flops: of products of queries with their own head's keys and values, whole blocks with all that is masked in them.
+      filler_flops: of products of queries with other heads' keys, all masked: they run where registers would otherwise
+        lie empty, see `tpu_decode`.
+    """
+
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+    filler_flops: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            self.read + other.read,
+            self.written + other.written,
+            self.flops + other.flops,
+            self.filler_flops + other.filler_flops,
+        )
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def decode(
+    problem: tpu_sizes.Problem, sizes: tpu_sizes.DecodeSizes, kv_lens: Sequence[int], window: int | None = None
+) -> Traffic:
+    """`tpu_decode` over rows of one query token that see `kv_lens` keys, their own included."""
+    token = problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
+    heads = problem.num_kv_heads // sizes.parts
+    bundle = tpu_sizes.bundle_heads(heads, problem.group)
+    page = problem.page_size
+    total = Traffic()
+    for kv_len in kv_lens:
+        first = 0 if window is None else max(kv_len - window, 0) // page
+        pages = cdiv(kv_len, page) - first
+        blocks = cdiv(pages, sizes.keys // page)
+        own = 4 * blocks * sizes.keys * problem.num_kv_heads * problem.group * problem.key_lanes
+        total += Traffic(pages * page * token, problem.tile * token, own, (bundle - 1) * own)
+    return total
+
+
+def write(problem: tpu_sizes.Problem, lengths: Sequence[int], kv_lens: Sequence[int]) -> Traffic:
+    """`tpu_write` of rows of several tokens: the last `lengths` of `kv_lens`."""
+    size = min(problem.page_size, tpu_write.MOST_TOKENS)
+    run = size * problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
+    runs = [
+        min(end, base + size) - max(end - length, base)  # how many are new
+        for length, end in zip(lengths, kv_lens, strict=True)
+        for base in range((end - length) // size * size, end, size)
+    ]
+    old = sum(new < size for new in runs[1:]) + 1  # the first step always has an old run
+    return Traffic(old * run, len(runs) * run)
+
+
+def prefill(
+    problem: tpu_sizes.Problem,
+    sizes: tpu_sizes.PrefillSizes,
+    num_before: int,
+    lengths: Sequence[int],
+    kv_lens: Sequence[int],
+    window: int | None = None,
+) -> Traffic:
+    """`tpu_prefill` of the last `lengths` tokens of rows that see `kv_lens` keys; the first row's first token is the
+    step's token `num_before`."""
+    token = problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
+    page, keys = problem.page_size, sizes.keys
+    total = Traffic()
+    for low, high, origin in _segments(sizes.tokens, num_before, lengths, kv_lens):
+        first = 0 if window is None else max(origin + low - window + 1, 0) // page
+        pages = cdiv(origin + high, page) - first
+        queries = sum(
+            _queries(problem, sizes, low, high, origin, block * keys + first * page, window)
+            for block in range(cdiv(pages, keys // page))
+        )
+        products = 4 * problem.num_kv_heads * problem.group * keys * problem.key_lanes
+        total += Traffic(pages * page * token, 0, queries * products)
+    return total
+
+
+def _segments(block: int, start: int, lengths: Sequence[int], kv_lens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Of each row's part of each block of query tokens: the tokens [low, high) in the block, and the position of the
+    block's token 0."""
+    for length, kv_len in zip(lengths, kv_lens, strict=True):
+        end = start + length
+        for base in range(start // block * block, end, block):
+            yield max(start - base, 0), min(end - base, block), kv_len - (end - base)
+        start = end
+
+
+def _queries(
+    problem: tpu_sizes.Problem,
+    sizes: tpu_sizes.PrefillSizes,
+    low: int,
+    high: int,
+    origin: int,
+    first_key: int,
+    window: int | None,
+) -> int:
+    """Query tokens that meet the block of keys from `first_key` on: all of the block's, or of some of its parts."""
+    tokens, keys = sizes.tokens, sizes.keys
+    part_rows = tpu_sizes.floor_pow2(tpu_prefill.PART_ROWS // problem.group)
+    part = min(tokens, max(tpu_prefill.PART_TOKENS, part_rows))
+    all_seen = low == 0 and high == tokens and first_key + keys <= origin + 1
+    if window is not None:
+        all_seen = all_seen and first_key >= origin + tokens - window
+    past_last = high if window is None else min(high, first_key + keys - 1 + window - origin)
+    parts = cdiv(past_last, part) - max(low, first_key - origin) // part
+    if all_seen or part == tokens or 2 * parts * part > tokens:
+        return tokens
+    return max(parts, 0) * part
+
+
+def of_step(
+    chip: str,
+    problem: tpu_sizes.Problem,
+    lengths: Sequence[int],
+    kv_lens: Sequence[int],
+    *,
+    decodes_only: bool,
+    window: int | None = None,
+) -> dict[str, Traffic]:
+    """Each kernel's traffic in a step, by its name.
+
+    Args:
+      chip: a name in tpu_tuned.json.
+      lengths: query tokens of each row; rows of one stand first and are served by `tpu_decode`.
+      kv_lens: keys that each row sees, its new ones included.
+    """
+    device = tpu_sizes.chip_of(chip)
+    num_decodes = next((row for row, length in enumerate(lengths) if length > 1), len(lengths))
+    found = {
+        "ragged_paged_decode": decode(problem, tpu_sizes.decode_sizes(device, problem), kv_lens[:num_decodes], window)
+    }
+    if not decodes_only:
+        longer, their_keys = lengths[num_decodes:], kv_lens[num_decodes:]
+        found["ragged_paged_write"] = write(problem, longer, their_keys)
+        found["ragged_paged_prefill"] = prefill(
+            problem, tpu_sizes.prefill_sizes(device, problem), num_decodes, longer, their_keys, window
+        )
+    return found

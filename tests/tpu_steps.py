@@ -1,0 +1,289 @@
+"""Steps of the engine compiled for TPUs that are not there, with their memory, bytes, FLOPs and collectives."""
+
+import dataclasses
+import functools
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.bench.floor import Ceilings, Work
+from jaxllm.bench.workloads import MODEL_SHAPES
+from jaxllm.config import EngineConfig
+from jaxllm.engine.build import abstract_leaves
+from jaxllm.engine.executables import Forward, Lowering, Sample, row_rungs
+from jaxllm.engine.resolve import EnginePlan
+from jaxllm.engine.runner import layout_of
+from jaxllm.engine.sampling import GREEDY
+from jaxllm.engine.step import StepShape
+from jaxllm.models.registry import model_class
+from jaxllm.plan import hlo, hlo_cost
+from jaxllm.plan.chips import chip as chip_named
+from jaxllm.plan.fit import Fit, Model, clock, fit, read_model
+from pallas_kernels.ragged_paged_attention import tpu_sizes, tpu_traffic
+from sharding import DATA, EXPERT, TENSOR
+from tests.tpu_topology import compiling_for, kernel_vmem
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model on a mesh of tensor shards.
+
+    Attributes:
+      model: a name of MODEL_SHAPES.
+      chip: a name of chips.json.
+      topology: libtpu's name of the slice.
+      layers: how many of the model's; None: all.
+    """
+
+    model: str
+    chip: str
+    topology: str | None = None
+    tensor: int = 1
+    layers: int | None = None
+
+    def __str__(self) -> str:
+        where = self.topology or self.chip
+        return f"{self.model} on {where}" + (f", {self.layers} layers" if self.layers else "")
+
+
+CASES = (
+    Case("llama-3.1-8b", "v6e"),
+    Case("llama-3.1-8b", "v5e", "v5e:2x2", 4),
+    Case("llama-3.3-70b", "v5e", "v5e:4x4", 16),
+    *(Case("qwen3-0.6b", chip) for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Rows of a step: query tokens, and keys that each sees, its own included; rows of one token first."""
+
+    name: str
+    lengths: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+
+    @property
+    def decodes_only(self) -> bool:
+        return max(self.lengths) == 1
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def decode_step(rows: int, mean: int) -> Step:
+    """Rows amid their outputs, their lengths evenly spread around `mean`."""
+    kv_lens = tuple(mean // 2 + (2 * row + 1) * mean // (2 * rows) for row in range(rows))
+    return Step(f"decode {rows} × {sum(kv_lens) // rows}", (1,) * rows, kv_lens)
+
+
+def prefill_step(prompts: int, length: int) -> Step:
+    return Step(f"prefill {prompts} × {length}", (length,) * prompts, (length,) * prompts)
+
+
+class Engine:
+    """What an engine with default options would compile for a case."""
+
+    def __init__(self, case: Case):
+        hf: dict[str, Any] = dict(MODEL_SHAPES[case.model])
+        if case.layers is not None:
+            hf["num_hidden_layers"] = case.layers
+        self.case, self.chip = case, chip_named(case.chip)
+        if case.chip == "v4":  # libtpu's compiler without a TPU takes each of its two cores for a device
+            self.chip = dataclasses.replace(self.chip, devices=2)
+        self.described: Model = read_model(case.model, hf, "bfloat16")
+        config = EngineConfig(model=case.model, tensor_parallel_size=case.tensor)
+        self.fit: Fit = fit(self.described, self.chip, config, data=1, tensor=case.tensor)
+        family = model_class(hf)
+        parsed = family.parse_config(hf).for_length(self.fit.scheduler.max_model_len).for_shards(case.tensor)
+        self.model = family(parsed, dtype=jnp.dtype(jnp.bfloat16))
+        self.plan = EnginePlan(
+            jnp.dtype(jnp.bfloat16),
+            "tpu",
+            self.fit.scheduler,
+            self.fit.decode_rungs,
+            self.fit.groups,
+            self.model.layer_caches(),
+            self.fit.budget.weights,
+            self.fit.cache_bytes,
+        )
+        self.shape = StepShape(
+            layout_of(self.plan),
+            self.plan.page_size,
+            "tpu",
+            jax.tree.structure(self.model),
+            parsed.vocab_size,
+            case.tensor,
+        )
+
+    @functools.cached_property
+    def cost(self):
+        """The model's own, on one device."""
+        return clock(self.described, self.chip, None, self.case.tensor).cost
+
+    def compile(self, key: Any):
+        """(compiled, lowering) of one executable."""
+        shape = (1, 1, self.case.tensor)
+        with compiling_for(self.case.chip, shape, (DATA, EXPERT, TENSOR), self.case.topology) as mesh:
+            lowering = Lowering(self.shape, self.plan, abstract_leaves(self.model, mesh), mesh)
+            return lowering(key).compile(), lowering
+
+    def traffic(self, step: Step) -> dict[str, tpu_traffic.Traffic]:
+        """Of each kernel in one layer."""
+        layer = self.plan.layers[0]
+        lanes = 2 * layer.head_dim
+        heads = self.model.config.num_attention_heads // self.case.tensor
+        problem = tpu_sizes.Problem(
+            step.num_tokens,
+            layer.num_kv_heads,
+            heads // layer.num_kv_heads,
+            self.plan.page_size,
+            -(-self.plan.scheduler.max_model_len // self.plan.page_size),
+            max(layer.head_dim, tpu_sizes.LANES),
+            lanes,
+            2,
+            2,
+        )
+        return tpu_traffic.of_step(self.case.chip, problem, step.lengths, step.kv_lens, decodes_only=step.decodes_only)
+
+    def minimum(self, step: Step) -> Work:
+        """What the model needs for it, on one device."""
+        if step.decodes_only:
+            return self.cost.decode(step.kv_lens)
+        return self.cost.prefill(
+            [(end - length, end) for length, end in zip(step.lengths, step.kv_lens)], len(step.lengths)
+        )
+
+    def sum_shape(self, step: Step) -> tuple[int, int]:
+        """What each collective of the forward pass sums."""
+        return step.num_tokens, self.model.config.hidden_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One executable as it was compiled, on one device.
+
+    Attributes:
+      count: what it costs; of kernels without `filler_flops`.
+      minimum: what the model needs.
+      argument_bytes, aliased_bytes: what XLA allots to arguments, and which of them it returns in place.
+      temporary_bytes: what it allots besides, code included.
+      collectives: how many of each, as "kind type[shape]".
+      copies: instructions that copy a weight or a cache.
+      vmem: bytes of VMEM that each kernel takes.
+    """
+
+    count: hlo_cost.Count
+    filler_flops: float
+    minimum: Work
+    argument_bytes: int
+    aliased_bytes: int
+    temporary_bytes: int
+    collectives: Counter[str]
+    copies: tuple[str, ...]
+    vmem: dict[str, int]
+
+    @property
+    def bytes(self) -> float:
+        """Without those that are fetched for the next run of the same program: this run's own were fetched so too."""
+        return self.count.work.bytes - self.count.prefetched
+
+    @property
+    def flops(self) -> float:
+        return self.count.work.flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A step of the engine: its forward pass and its greedy sampler."""
+
+    engine: Engine
+    step: Step
+    forward: Program
+    sample: Program
+
+    @property
+    def work(self) -> Work:
+        return Work(self.forward.bytes + self.sample.bytes, self.forward.flops + self.sample.flops)
+
+    @property
+    def minimum(self) -> Work:
+        return self.forward.minimum + self.sample.minimum
+
+    @property
+    def fits(self) -> bool:
+        most = max(each.argument_bytes + each.temporary_bytes for each in (self.forward, self.sample))
+        return most <= self.engine.chip.device_limit
+
+    @property
+    def least_time_ratio(self) -> float:
+        """Of the times at the chip's published rates."""
+        ceilings: Ceilings = self.engine.chip.ceilings
+        return ceilings.seconds(self.work) / ceilings.seconds(self.minimum)
+
+
+def _named(found: list[hlo_cost.Collective]) -> Counter[str]:
+    return Counter(
+        each.kind + "".join(f" {shape.dtype}[{','.join(map(str, shape.dims))}]" for shape in each.shapes)
+        for each in found
+    )
+
+
+def measure(engine: Engine, step: Step) -> Measured:
+    """Compiles a step's two executables and counts them."""
+    rows = next(rung for rung in row_rungs(engine.plan.scheduler.max_num_seqs) if rung >= len(step.lengths))
+    whole, head = engine.minimum(step), engine.cost.head_weights
+    logits = Work(head * engine.cost.itemsize, 2 * len(step.lengths) * head)
+    forward = Work(whole.bytes - logits.bytes, whole.flops - logits.flops)
+    return Measured(
+        engine,
+        step,
+        _program(engine, Forward(step.num_tokens, step.decodes_only), forward, engine.traffic(step)),
+        _program(engine, Sample(rows, GREEDY), logits, {}),
+    )
+
+
+def _program(engine: Engine, key: Any, minimum: Work, traffic: dict[str, tpu_traffic.Traffic]) -> Program:
+    compiled, lowering = engine.compile(key)
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    module = hlo.parse(text)
+    cache = lowering.caches()[0]
+    pages = cache.sharding.shard_shape(cache.shape)
+    entry = module[module.entry]
+    shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in lowering.leaves if leaf.size >= 1_000_000} | {pages}
+    large = [number for number, name in enumerate(entry.parameters) if entry[name].shape.dims in shapes]
+    return Program(
+        hlo_cost.count(
+            module,
+            kernels={name: Work(each.read + each.written, each.flops) for name, each in traffic.items()},
+            is_paged=lambda shape: shape.dims == pages,
+        ),
+        sum(each.filler_flops for each in traffic.values()) * len(engine.plan.layers),
+        minimum,
+        memory.argument_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        _named(hlo_cost.collectives(module)),
+        tuple(hlo_cost.copies(module, large)),
+        kernel_vmem(text),
+    )
+
+
+def unnamed(found: Measured) -> list[str]:
+    """Collectives of a greedy step that ARCHITECTURE.md does not name, and those that it names and that are missing."""
+    engine = found.engine
+    forward: Counter[str] = Counter()
+    if engine.case.tensor > 1:
+        sums = 1 + 2 * len(engine.plan.layers)
+        forward[f"all-reduce bf16[{found.step.num_tokens},{engine.model.config.hidden_size}]"] = sums
+    gathers = 1 if engine.case.tensor > 1 else 0  # of small ones XLA makes a sum
+    wrong = [
+        f"{name}: {found.forward.collectives[name]} instead of {forward[name]}"
+        for name in (forward | found.forward.collectives)
+        if found.forward.collectives[name] != forward[name]
+    ]
+    if sum(found.sample.collectives.values()) != gathers:
+        wrong.append(f"sampler: {dict(found.sample.collectives)} instead of {gathers} gather")
+    return wrong
