@@ -110,6 +110,16 @@ class AsyncLLM:
         """Samples that run at once."""
         return self._client.ready.max_num_seqs
 
+    @property
+    def restarting(self) -> bool:
+        """The engine's process has died, and another one is being started; requests wait meanwhile."""
+        return self._client.restarting
+
+    @property
+    def num_restarts(self) -> int:
+        """How often that has happened."""
+        return self._client.num_restarts
+
     def live_output(self, request_id: str) -> RequestOutput | None:
         """What a request under way has brought so far, texts left out; None for one that is not."""
         live = self._requests.get(request_id)

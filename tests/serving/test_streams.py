@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -194,6 +196,28 @@ def test_a_dead_engine_ends_the_server(model):
         assert json.loads(rest[-2][6:])["error"]["code"] == "engine_dead"
         until(lambda: server.ended)
         assert server.status == 1
+
+
+def test_a_stream_goes_on_in_another_engine(model):
+    body = dict(prompt="the hand", max_tokens=500, ignore_eos=True, temperature=1.0, seed=3, return_token_ids=True)
+    with running(model, engine={"engine_process": True}) as server:
+        alone = server.post("/v1/completions", **body).json()["choices"][0]
+        with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            choices = [json.loads(next(lines)[6:])["choices"][0]]
+            os.kill(server.services.llm._client.pid, signal.SIGKILL)
+            until(lambda: server.services.llm.restarting)
+            for path in ("/health", "/ready"):
+                down = server.http.get(path)
+                assert down.status_code == 503 and int(down.headers["retry-after"]) > 0
+                assert down.json()["error"]["code"] == "engine_restarting"
+            choices += [json.loads(line[6:])["choices"][0] for line in lines if line != "data: [DONE]"]
+        assert [t for choice in choices for t in choice["token_ids"]] == alone["token_ids"]
+        assert "".join(choice["text"] for choice in choices) == alone["text"]
+        assert choices[-1]["finish_reason"] == "length"
+        until(lambda: server.http.get("/health").status_code == 200)
+        text = server.http.get("/metrics").text
+        assert [line[-4:] for line in text.splitlines() if line.startswith("jaxllm:engine_restarts_total")] == [" 1.0"]
 
 
 def test_health_follows_the_engine(model):
