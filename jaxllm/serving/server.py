@@ -19,8 +19,8 @@ from jaxllm.serving.config import ServerConfig
 from jaxllm.serving.services import Services
 
 logger = logging.getLogger(__name__)
-# libuv takes one connection a turn of the loop from a listening socket. In a turn that serves many streams more than one
-# comes, and the others would wait longer and longer: the socket listens under so many descriptors.
+# libuv takes one connection a turn of the loop from a listening descriptor. In a turn that serves many streams
+# more come, and they would wait ever longer: the socket listens under so many descriptors.
 ACCEPTS = 64
 MANY = 1 << 20  # concurrent requests in AsyncLLM: admission is the server's own
 

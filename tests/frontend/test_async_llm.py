@@ -1,6 +1,7 @@
 """AsyncLLM: many streams at once, slow readers, aborts, back-pressure, and an engine that dies."""
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -117,6 +118,26 @@ def test_a_slow_reader_gets_what_it_missed_in_one_piece(checkpoint):
         assert counts == {0: 40, 1: 40}
 
     serve(checkpoint("llama"), use)
+
+
+def test_tokens_of_several_steps_at_once_are_the_same(checkpoint, truth):
+    """The loop is kept busy, so that it gets to know many steps at once: texts, stop strings and ends included."""
+    work, alone = truth("llama")
+    text = alone[0].outputs[0].text
+
+    async def use(llm):
+        stop = dataclasses.replace(work[0][1], stop=[text[3:5]])
+        tasks = [asyncio.create_task(llm.complete(*request)) for request in [*work, (work[0][0], stop)]]
+        while not all(task.done() for task in tasks):
+            time.sleep(0.02)
+            await asyncio.sleep(0)
+        *outputs, stopped = [task.result() for task in tasks]
+        for found, expected in zip(outputs, alone, strict=True):
+            _same(found, expected)
+        assert stopped.outputs[0].text == text[: text.index(text[3:5])] and stopped.outputs[0].finish_reason == "stop"
+        assert len(stopped.outputs[0].token_ids) < len(alone[0].outputs[0].token_ids)
+
+    serve(checkpoint("llama"), use, engine_process=True)
 
 
 def test_leaving_early_aborts_within_a_step(checkpoint):

@@ -1,6 +1,8 @@
 """Streams that end early: clients that leave, deadlines, engines that die; and what is let in at all."""
 
 import asyncio
+import contextlib
+import gc
 import json
 import os
 import random
@@ -11,7 +13,13 @@ import time
 
 import httpx2
 import pytest
+import uvloop
 
+from jaxllm import AsyncLLM
+from jaxllm.serving.app import make_services
+from jaxllm.serving.config import ServerConfig
+from jaxllm.serving.errors import ApiError
+from jaxllm.serving.server import bind, run
 from tests.serving.harness import running, scripted
 
 LONG = dict(prompt="the hand", max_tokens=400, ignore_eos=True)
@@ -126,6 +134,54 @@ def test_too_many_get_429_with_retry_after(slow):
     assert slow.post("/v1/completions", **{**LONG, "max_tokens": 3}).status_code == 200
     # larger than the bound by itself: not refused for ever
     assert slow.post("/v1/completions", **{**LONG, "max_tokens": 3, "n": 8}).status_code == 200
+
+
+def test_a_refusal_leaves_nothing_for_the_garbage_collector(slow):
+    """Cycles of thousands of refusals take a tenth of a second to collect, in which no stream goes on."""
+    held = [send(slow, {**LONG, "stream": True}) for _ in range(4)]
+    until(lambda: slow.stats()["running"] == 4)
+    gc.collect()
+    gc.disable()
+    try:
+        assert [slow.post("/v1/completions", **LONG).status_code for _ in range(5)] == [429] * 5
+        until(lambda: not any(isinstance(thing, ApiError) for thing in gc.get_objects()), 2)
+    finally:
+        gc.enable()
+        for connection in held:
+            connection.close()
+
+
+def test_connections_are_taken_in_while_the_loop_is_busy(model):
+    """Not one a turn of the loop, as libuv would."""
+    turns, burst = 0, 40
+
+    async def main() -> None:
+        nonlocal turns
+        async with AsyncLLM(engine=scripted(model, [])) as llm:
+            config = ServerConfig(port=0, log_level="warning")
+            with contextlib.closing(bind(config)) as bound:
+                work = asyncio.ensure_future(run(make_services(llm, config), bound, "here"))
+                await asyncio.sleep(0.1)
+                clients = [socket.create_connection(bound.getsockname()) for _ in range(burst)]
+                for client in clients:
+                    client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                    client.setblocking(False)
+                waiting = set(clients)
+                while waiting:
+                    time.sleep(0.002)
+                    await asyncio.sleep(0)
+                    turns += 1
+                    for client in list(waiting):
+                        with contextlib.suppress(BlockingIOError):
+                            assert client.recv(100).startswith(b"HTTP/1.1 200")
+                            waiting.remove(client)
+                            client.close()
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(main(), 20))
+    assert turns < burst
 
 
 def test_waiting_prompt_tokens_are_bounded(slow):
