@@ -1,6 +1,7 @@
 """Online generation: `AsyncLLM` streams many requests at once from one event loop."""
 
 import asyncio
+import collections
 import contextlib
 import itertools
 import logging
@@ -11,7 +12,7 @@ from typing import Any
 from jaxllm.config import EngineConfig, config_from
 from jaxllm.core.pooling_params import PoolingParams
 from jaxllm.core.sampling_params import SamplingParams
-from jaxllm.engine.messages import Finish, SequenceOutput, StepOutputs, Utility, UtilityResult
+from jaxllm.engine.messages import Finish, FromCore, SequenceOutput, StepOutputs, Utility, UtilityResult
 from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, JaxllmError
 from jaxllm.frontend.collector import RequestCollector
 from jaxllm.frontend.embedding import embedding_output
@@ -90,6 +91,8 @@ class AsyncLLM:
         self._requests: dict[str, _Live] = {}  # by request id
         self._slots = asyncio.Semaphore(max_concurrent_requests)
         self._utilities: dict[int, asyncio.Future] = {}
+        self._inbox: collections.deque[FromCore] = collections.deque()
+        self._called = False  # whether `_take` is about to look into it
         self._calls = itertools.count()
         self._dead: JaxllmError | None = None
         self._pump = threading.Thread(target=self._receive_forever, name="engine", daemon=True)
@@ -109,6 +112,16 @@ class AsyncLLM:
     def max_num_seqs(self) -> int:
         """Samples that run at once."""
         return self._client.ready.max_num_seqs
+
+    @property
+    def restarting(self) -> bool:
+        """The engine's process has died, and another one is being started; requests wait meanwhile."""
+        return self._client.restarting
+
+    @property
+    def num_restarts(self) -> int:
+        """How often that has happened."""
+        return self._client.num_restarts
 
     def live_output(self, request_id: str) -> RequestOutput | None:
         """What a request under way has brought so far, texts left out; None for one that is not."""
@@ -291,7 +304,10 @@ class AsyncLLM:
             while True:
                 messages = self._client.receive(timeout=1.0)
                 if messages:
-                    self._loop.call_soon_threadsafe(self._take, messages)
+                    self._inbox.extend(messages)
+                    if not self._called:
+                        self._called = True
+                        self._loop.call_soon_threadsafe(self._take)
         except BaseException as error:
             death = error if isinstance(error, JaxllmError) else EngineDeadError(f"{type(error).__name__}: {error}")
             if not isinstance(error, JaxllmError):
@@ -299,13 +315,25 @@ class AsyncLLM:
             with contextlib.suppress(RuntimeError):  # the event loop may have ended before the engine
                 self._loop.call_soon_threadsafe(self._die, death)
 
-    def _take(self, messages: list) -> None:
-        for message in messages:
+    # The event loop's thread
+
+    def _take(self) -> None:
+        """Takes in all that has come. When that are several steps, the loop is behind: then a sequence's tokens are
+        handled together, which costs little more than handling one."""
+        self._called = False  # before looking: what comes later calls again
+        tokens: dict[str, list[int]] = {}
+        while self._inbox:
+            message = self._inbox.popleft()
             if isinstance(message, StepOutputs):
                 for output in message.outputs:
+                    if output.id in tokens:
+                        self._deliver(output.id, tokens.pop(output.id))
                     self._deliver(output.id, output)
                 for sequence_id, token in zip(message.ids, message.tokens, strict=True):
-                    self._deliver(sequence_id, token)
+                    if sequence_id in tokens:
+                        tokens[sequence_id].append(token)
+                    else:
+                        tokens[sequence_id] = [token]
             elif isinstance(message, UtilityResult):
                 future = self._utilities.pop(message.call)
                 if future.done():
@@ -314,14 +342,16 @@ class AsyncLLM:
                     future.set_result(message.value)
                 else:
                     future.set_exception(RuntimeError(message.error))
+        for sequence_id, those in tokens.items():
+            self._deliver(sequence_id, those)
 
-    def _deliver(self, sequence_id: str, news: SequenceOutput | int) -> None:
+    def _deliver(self, sequence_id: str, news: SequenceOutput | list[int]) -> None:
         live = self._live.get(sequence_id)
         if live is None:
             return
         try:
             collector = live.collector
-            delta = collector.add_token(sequence_id, news) if isinstance(news, int) else collector.add(news)
+            delta = collector.add_tokens(sequence_id, news) if isinstance(news, list) else collector.add(news)
         except Exception as error:  # its fault alone: the others' outputs are in the same message
             logger.exception("request %s", sequence_id)
             live.fail(JaxllmError(f"{type(error).__name__}: {error}"))

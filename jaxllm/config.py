@@ -51,6 +51,12 @@ class EngineConfig:
     seed: int = _option(0, "seeds the requests that bring none")
     attention_backend: Literal["reference", "xla", "gpu", "tpu"] | None = _option(None, "None: the best for the device")
     engine_process: bool = _option(False, "run the engine core in a process of its own")
+    max_engine_restarts: int = _option(
+        3, "start that process again when it dies, so often within ten minutes; its requests go on. 0: never"
+    )
+    engine_timeout: float | None = _option(
+        300.0, "seconds without a sign of life, compilations left out, until that process is killed; None: no limit"
+    )
     compilation_cache_dir: str | None = _option(
         None, "where compiled steps are kept; None: $JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxllm/xla"
     )
@@ -82,6 +88,12 @@ class EngineConfig:
             need(_whole(getattr(self, field)), field, "must be an integer of at least 1")
         need(isinstance(self.seed, int) and not isinstance(self.seed, bool), "seed", "must be an integer")
         need(-(2**63) <= self.seed < 2**64, "seed", "must be in [-2**63, 2**64)")
+        restarts = self.max_engine_restarts
+        whole = restarts == 0 or _whole(restarts)
+        need(whole and not isinstance(restarts, bool), "max_engine_restarts", "must be an integer of at least 0")
+        limit = self.engine_timeout
+        number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        need(limit is None or (number and limit > 0), "engine_timeout", "must be above 0 seconds, or None")
         share = self.memory_utilization
         number = isinstance(share, int | float) and not isinstance(share, bool)
         need(number and 0 < share <= 1, "memory_utilization", "must be a number in (0, 1]")

@@ -285,7 +285,7 @@ class LLM:
                 continue
             collector = self._collectors.get(sequence_id)
             if collector is not None:
-                self._hand_over(sequence_id, collector, collector.add_token(sequence_id, token), news)
+                self._hand_over(sequence_id, collector, collector.add_tokens(sequence_id, [token]), news)
         news.num_tokens += len(message.tokens)
 
     def _hand_over(

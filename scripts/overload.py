@@ -159,7 +159,10 @@ def main(
         )
         return over <= BAR_TPOT * usual and refusal <= BAR_REFUSAL
 
-    raise SystemExit(not asyncio.run(measure()))
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        raise SystemExit(not runner.run(measure()))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class StubClient:
       aborted: ids of requests that were ended from outside.
     """
 
+    restarting, num_restarts = False, 0
+
     def __init__(self, ready: Ready, reply: Reply, steps_per_second: float | None = None):
         self.ready, self._reply = ready, reply
         self._interval = 1 / steps_per_second if steps_per_second else 0.0

@@ -91,10 +91,14 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises InvalidRequestError if it can never run, QueueFullError if too much waits."""
+    def add(self, request: Request, admitted: bool = False) -> None:
+        """Queues a request. Raises InvalidRequestError if it can never run, QueueFullError if too much waits.
+
+        admitted: it has been let in elsewhere, however much waits here.
+        """
         self._check_servable(request)
-        self._check_queue(request)
+        if not admitted:
+            self._check_queue(request)
         config = self.config
         self._num_added += 1
         request.rank = (request.priority if config.policy == "priority" else 0, request.arrival, self._num_added)

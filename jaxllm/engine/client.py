@@ -1,4 +1,4 @@
-"""The engine core behind one interface, in this process or in one of its own."""
+"""The engine core behind one interface, in this process or in one of its own (see `restart.py` for that one's end)."""
 
 import collections
 import contextlib
@@ -16,13 +16,23 @@ import msgspec
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.messages import Dead, FromCore, Ready, ToCore, decode, encode
-from jaxllm.errors import EngineDeadError
+from jaxllm.errors import EngineDeadError, JaxllmError
 
 
 class Client(Protocol):
-    """Sends messages to an engine core and receives its own. `send` and `close` may be called from any thread."""
+    """Sends messages to an engine core and receives its own. `send` and `close` may be called from any thread.
+
+    Attributes:
+      ready: what the core said of itself.
+      restarting: the core has died, and another one is being started.
+      num_restarts: how often that has happened.
+    """
 
     ready: Ready
+    num_restarts: int
+
+    @property
+    def restarting(self) -> bool: ...
 
     def send(self, message: ToCore) -> None:
         """Hands a message over; raises EngineDeadError if nobody is there to take it."""
@@ -36,6 +46,8 @@ class Client(Protocol):
 
 class InProcessClient:
     """Runs the core inside `receive`, on the caller's thread: nothing is serialized, nothing runs in between."""
+
+    restarting, num_restarts = False, 0
 
     def __init__(self, core) -> None:
         self._core = core
@@ -95,41 +107,62 @@ def _between_steps() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-class ProcessClient:
-    """Runs the core in a process of its own and speaks msgpack with it over a socket pair."""
+class CoreProcess:
+    """A core in a process of its own, that is spoken to in msgpack over a socket pair. Call `wait` before all else.
+
+    Attributes:
+      ready: once `wait` has returned True.
+      pid: of the process.
+    """
+
+    ready: Ready
 
     def __init__(self, config: EngineConfig):
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "jaxllm.engine.process", str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self.pid = self._process.pid
         self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
         self._lock = threading.Lock()
         self._closed = False
+        self._last_words: Exception | None = None
+        with self._lock, contextlib.suppress(OSError):  # then `wait` finds out
+            self._connection.send_bytes(msgspec.msgpack.encode(config))
+
+    def wait(self, timeout: float | None) -> bool:
+        """Waits up to `timeout` seconds for the core to be ready; whether it is. Raises what it failed with."""
         try:
-            with self._lock:
-                self._connection.send_bytes(msgspec.msgpack.encode(config))
-            first = self._receive_one()
-            assert isinstance(first, Ready)
-        except BaseException:
-            self.close()
-            raise
+            if not self._connection.poll(timeout):
+                return False
+        except OSError as error:
+            raise self._death() from error
+        first = self._receive_one()
+        assert isinstance(first, Ready)
         self.ready = first
+        return True
 
     def send(self, message: ToCore) -> None:
+        """Hands a message over; raises EngineDeadError if nobody is there to take it."""
         with self._lock:
             try:
                 self._connection.send_bytes(encode(message))
             except OSError as error:
-                raise self._death() from error
+                raise EngineDeadError(f"the engine process {self.pid} has ended") from error
 
     def receive(self, timeout: float) -> list[FromCore]:
+        """What the core has to say, waiting up to `timeout` seconds. Once it has ended, and all it said before has been
+        received, raises EngineDeadError, or the error of `jaxllm.errors` that it ended with."""
+        if self._last_words is not None:
+            raise self._last_words
         messages: list[FromCore] = []
         try:
             while self._connection.poll(0 if messages else timeout):
                 messages.append(self._receive_one())
-        except OSError as error:
-            raise self._death() from error
+        except (OSError, JaxllmError) as error:
+            self._last_words = self._death() if isinstance(error, OSError) else error
+            if not messages:
+                raise self._last_words from None
         return messages
 
     def _receive_one(self) -> FromCore:
@@ -148,9 +181,10 @@ class ProcessClient:
             code: int | str = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             code = "none"
-        return EngineDeadError(f"the engine process {self._process.pid} has ended (exit status {code})")
+        return EngineDeadError(f"the engine process {self.pid} has ended (exit status {code})")
 
     def close(self) -> None:
+        """Ends the core; `receive` then raises EngineDeadError. May be called from any thread."""
         self._closed = True
         # Not closed but shut down: other threads may be in the middle of sending and receiving, and get to know.
         with contextlib.suppress(OSError):
@@ -160,6 +194,17 @@ class ProcessClient:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def bury(self) -> None:
+        """Ends the process without its help, if it has not ended, and closes what is left of it.
+
+        Only for the thread that receives.
+        """
+        self._process.kill()
+        self._process.wait()
+        with self._lock:
+            self._connection.close()
+            self._socket.close()
 
 
 def _typed_error(message: Dead) -> Exception:

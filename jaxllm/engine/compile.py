@@ -55,6 +55,7 @@ class Executables:
     Attributes:
       num_late: compilations that a caller of `get` had to start after `seal`: what serving should never meet.
       num_restored: executables that came from the store.
+      num_waiting: callers of `get` that wait for a compilation right now.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Executables:
         self._futures: dict[Key, Future] = {}
         self._lock = threading.Lock()
         self._sealed = False
-        self.num_late = self.num_restored = 0
+        self.num_late = self.num_restored = self.num_waiting = 0
         self.seconds: dict[Key, float] = {}
         threading.Thread(target=_close_at_exit, args=(weakref.ref(self),), daemon=True).start()
 
@@ -107,16 +108,22 @@ class Executables:
     def get(self, key: Key) -> Any:
         """The compiled function, waiting for it or compiling it now. Raises what its compilation raised."""
         future = self._futures.get(key)
+        if future is not None and future.done():
+            return future.result()
         if future is None and self._sealed:
             self.num_late += 1
             logger.warning("compiling %s while serving", key)
-        if future is None or future.cancel():  # it jumps the queue: somebody waits for it
-            future = self._futures[key] = Future()
-            try:
-                future.set_result(self._compile(key))
-            except Exception as error:
-                future.set_exception(error)
-        return future.result()
+        self.num_waiting += 1
+        try:
+            if future is None or future.cancel():  # it jumps the queue: somebody waits for it
+                future = self._futures[key] = Future()
+                try:
+                    future.set_result(self._compile(key))
+                except Exception as error:
+                    future.set_exception(error)
+            return future.result()
+        finally:
+            self.num_waiting -= 1
 
     def first_ready[K: Hashable](self, keys: list[K]) -> K:
         """The first of `keys` that is ready; if none is, the first that is being compiled, or simply the first."""

@@ -78,6 +78,7 @@ class EngineCore:
         self._ids: list[str] = []  # see StepOutputs
         self._tokens: list[int] = []
         self._warm_up = warm_up
+        self._warming_up = False
 
     # Messages
 
@@ -139,7 +140,7 @@ class EngineCore:
 
     def _add(self, message: AddRequest, request: Request) -> None:
         rank = self._choose_rank(message)
-        self.schedulers[rank].add(request)
+        self.schedulers[rank].add(request, message.admitted)
         self._rank_of[message.id] = rank
         if message.bad_words:
             self._bad_words[message.id] = message.bad_words
@@ -180,6 +181,14 @@ class EngineCore:
 
     # Utilities
 
+    @property
+    def compiling(self) -> bool:
+        """Whether the loop waits for a compilation: it may take minutes, and is no sign of a fault. For any thread."""
+        return self._warming_up or self.runner.executables.num_waiting > 0
+
+    def utility_ping(self) -> None:
+        """Answers."""
+
     def utility_stats(self) -> dict[str, Any]:
         """Figures for metrics and tests."""
         runner, schedulers = self.runner, self.schedulers
@@ -207,10 +216,14 @@ class EngineCore:
     def utility_warm_up(self) -> int:
         """Compiles all that serving may meet, waits for it and runs it once; how many executables there are."""
         keys = warm_up_order(self.runner.plan)
-        self.runner.executables.prepare(keys)
-        self.runner.executables.wait()
-        self.runner.executables.seal()
-        self.runner.rehearse()
+        self._warming_up = True
+        try:
+            self.runner.executables.prepare(keys)
+            self.runner.executables.wait()
+            self.runner.executables.seal()
+            self.runner.rehearse()
+        finally:
+            self._warming_up = False
         return len(keys)
 
     # Steps

@@ -13,7 +13,8 @@ class AddRequest:
     """A checked request. See `jaxllm.core.request.Request` for the fields' meaning.
 
     `output_token_ids` are tokens already emitted elsewhere: generation continues exactly after them.
-    `bad_words` are the token sequences of `params.bad_words`.
+    `bad_words` are the token sequences of `params.bad_words`. `admitted`: a core before this one had let it in already,
+    so that bounds of the queue do not hold for it.
     """
 
     id: str
@@ -30,6 +31,7 @@ class AddRequest:
     adapter: str | None = None
     leader: str | None = None
     pooling: bool = False
+    admitted: bool = False
 
 
 @dataclasses.dataclass(slots=True)

@@ -14,7 +14,7 @@ import msgspec
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import heap
-from jaxllm.engine.messages import Dead, Utility, decode, encode
+from jaxllm.engine.messages import Dead, FromCore, ToCore, Utility, UtilityResult, decode, encode
 
 
 def main() -> None:
@@ -22,7 +22,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # When the device is done, the loop shall not wait Python's 5 ms for a thread that takes in a burst of requests.
     sys.setswitchinterval(0.0005)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the connection
+    # Ctrl-C and the end of a service reach the whole group of processes: both are the parent's to handle, which lets
+    # requests end before it closes the connection.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     try:
         serve(connection)
@@ -43,7 +46,20 @@ def serve(connection: Connection) -> None:
     heap.freeze()
     connection.send_bytes(encode(core.ready()))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox, core.prepare), name="inbox", daemon=True).start()
+    lock = threading.Lock()  # of the connection's way out
+
+    def send(message: FromCore) -> None:
+        with lock:
+            connection.send_bytes(encode(message))
+
+    def take_in(message: ToCore) -> None:
+        """Runs on a thread of its own: prompts are hashed here while the loop waits for the device."""
+        if isinstance(message, Utility) and message.name == "ping" and core.compiling:
+            send(UtilityResult(message.call))  # the loop cannot, for as long as that takes
+        else:
+            inbox.put(core.prepare(message))
+
+    threading.Thread(target=_read, args=(connection, inbox, take_in), name="inbox", daemon=True).start()
     try:
         while True:
             while not core.has_work or not inbox.empty():
@@ -54,19 +70,16 @@ def serve(connection: Connection) -> None:
                 if isinstance(message, Utility) and message.name == "warm_up":
                     heap.freeze()  # what tracing all the executables has left, too
             for output in core.step():
-                connection.send_bytes(encode(output))
+                send(output)
     finally:
         core.close()
 
 
-def _read(connection: Connection, inbox: queue.SimpleQueue, prepare: Callable[[Any], Any]) -> None:
-    """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile.
-
-    Prompts are decoded and hashed here, while the loop waits for the device.
-    """
+def _read(connection: Connection, inbox: queue.SimpleQueue, take_in: Callable[[ToCore], None]) -> None:
+    """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile."""
     try:
         while True:
-            inbox.put(prepare(decode(connection.recv_bytes())))
+            take_in(decode(connection.recv_bytes()))
     except BaseException as error:
         inbox.put(error)
 

@@ -58,14 +58,14 @@ class RequestCollector:
         return list(self._index)
 
     def open_lists(self) -> dict[str, list[int]]:
-        """By sequence id, lists to which a caller who reads no deltas may append lone tokens, in place of `add_token`:
+        """By sequence id, lists to which a caller who reads no deltas may append lone tokens, in place of `add_tokens`:
         their text is made later, all at once. None where a stop string may end the request."""
         if self._needs_text:
             return {}
         return {sequence_id: self.output.outputs[index].token_ids for sequence_id, index in self._index.items()}
 
     def _catch_up(self, index: int) -> None:
-        """Makes text of tokens that came without `add` or `add_token`."""
+        """Makes text of tokens that came without `add` or `add_tokens`."""
         text, tokens = self._texts[index], self.output.outputs[index].token_ids
         if len(tokens) > text.num_tokens:
             text.append(tokens[text.num_tokens :])
@@ -107,20 +107,20 @@ class RequestCollector:
         self._extend(sample, delta)
         return delta
 
-    def add_token(self, sequence_id: str, token: int) -> CompletionOutput | None:
-        """`add` for one token that comes with nothing else."""
+    def add_tokens(self, sequence_id: str, tokens: list[int]) -> CompletionOutput | None:
+        """`add` for tokens that come with nothing else. The list is the delta's from now on."""
         index = self._index[sequence_id]
         sample = self.output.outputs[index]
         if sample.finish_reason is not None:
             return None
-        sample.token_ids.append(token)
+        sample.token_ids += tokens
         if not self._makes_text:
-            return CompletionOutput(index, "", [token])
-        change = self._texts[index].append((token,))
-        delta = CompletionOutput(index, change.text, [token])
+            return CompletionOutput(index, "", tokens)
+        change = self._texts[index].append(tokens)
+        delta = CompletionOutput(index, change.text, tokens)
         if change.stop_string is not None:
-            delta.token_ids = [token][: change.num_tokens]
-            del sample.token_ids[len(sample.token_ids) - 1 + change.num_tokens :]
+            delta.token_ids = tokens[: change.num_tokens]
+            del sample.token_ids[len(sample.token_ids) - len(tokens) + change.num_tokens :]
             delta.finish_reason, delta.stop_reason = "stop", change.stop_string
             self.to_stop.append(sequence_id)
             self._end(sample, delta)

@@ -8,7 +8,8 @@ from typing import Any
 from jaxllm.checkpoint import Checkpoint, open_checkpoint
 from jaxllm.config import EngineConfig
 from jaxllm.core.expected import Expected
-from jaxllm.engine.client import Client, InProcessClient, ProcessClient
+from jaxllm.engine.client import Client, CoreProcess, InProcessClient
+from jaxllm.engine.restart import RestartingClient, RestartPolicy
 from jaxllm.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from jaxllm.frontend.inputs import ModelLimits, RequestBuilder
 from jaxllm.text.tokenizer import Tokenizer
@@ -62,7 +63,8 @@ def start_engine(config: EngineConfig, *, expected: Expected | None = None, prog
         tokenizer = pool.submit(_tokenizer, checkpoint, config)
         client: Client
         if config.engine_process:
-            client = ProcessClient(config)
+            policy = RestartPolicy(config.max_engine_restarts, silence=config.engine_timeout)
+            client = RestartingClient(lambda: CoreProcess(config), policy)
         else:
             from jaxllm.engine.build import build_core  # here: the front of a core elsewhere needs no JAX
 

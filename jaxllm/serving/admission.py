@@ -49,6 +49,7 @@ class Admission:
         self.samples = self.waiting_tokens = 0
         self.draining = False
         self._ends: collections.deque[tuple[float, int]] = collections.deque()
+        self._ended = 0  # their samples
         self._busy_since = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -80,19 +81,20 @@ class Admission:
         self.samples -= samples
         now = time.monotonic()
         self._ends.append((now, samples))
+        self._ended += samples
         self._forget(now)
         if not self.samples:
             self._idle.set()
 
     def _forget(self, now: float) -> None:
         while self._ends and self._ends[0][0] < max(now - RATE_WINDOW, self._busy_since):
-            self._ends.popleft()
+            self._ended -= self._ends.popleft()[1]
 
     def _retry_after(self, over: int) -> int:
         """Seconds until so many samples will have ended, at the rate of the last half minute or since all was idle."""
         now = time.monotonic()
         self._forget(now)
-        rate = sum(samples for _, samples in self._ends) / min(RATE_WINDOW, max(now - self._busy_since, 1e-3))
+        rate = self._ended / min(RATE_WINDOW, max(now - self._busy_since, 1e-3))
         return min(LONGEST_RETRY, max(1, math.ceil(over / rate))) if rate else 1
 
     async def drained(self) -> None:

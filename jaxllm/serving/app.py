@@ -1,6 +1,7 @@
 """The application: endpoints, the forms of errors, the gate."""
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -44,7 +45,11 @@ def make_services(llm: AsyncLLM, config: ServerConfig) -> Services:
     admission = Admission(llm.max_num_seqs, config.max_queued_requests, config.max_queued_tokens)
     heartbeat = Heartbeat(llm, config.health_timeout)
     names = list(config.served_model_name) or [llm.config.model]
-    metrics = Metrics(names[0], lambda: heartbeat.stats, lambda: (admission.samples, admission.waiting_tokens))
+
+    def figures() -> dict[str, Any]:
+        return heartbeat.stats | {"restarts": llm.num_restarts}
+
+    metrics = Metrics(names[0], figures, lambda: (admission.samples, admission.waiting_tokens))
     template = None if config.chat_template is None else Path(config.chat_template).read_text()
     endpoint = config.otlp_traces_endpoint
     tracing = None if endpoint is None else open_tracing(endpoint, names[0])

@@ -10,6 +10,7 @@ from jaxllm.errors import EngineDeadError
 from jaxllm.serving.errors import ApiError
 
 logger = logging.getLogger(__name__)
+RESTART_RETRY = 5  # seconds after which to ask again about an engine that is being restarted
 
 
 class Heartbeat:
@@ -52,9 +53,12 @@ class Heartbeat:
         self._last = time.monotonic()
 
     def check(self) -> None:
-        """Raises ApiError (503) unless the engine has answered within the timeout."""
+        """Raises ApiError (503) unless the engine is there and has answered within the timeout."""
         if self._error is not None:
             raise ApiError(503, str(self._error), None, "engine_dead")
+        if self._llm.restarting:
+            message = "the engine has died and is being started again; its requests will go on"
+            raise ApiError(503, message, None, "engine_restarting", retry_after=RESTART_RETRY)
         if self.age > self._timeout:
             message = f"the engine has not answered for {self.age:.0f} s (limit: {self._timeout:g} s)"
             raise ApiError(503, message, None, "engine_stuck")

@@ -28,6 +28,7 @@ COUNTERS = (
     ("engine_scheduled_tokens", "Tokens that went through the model.", "scheduled_tokens"),
     ("engine_padded_tokens", "The same with padding.", "padded_tokens"),
     ("late_compilations", "Executables compiled while serving.", "late_compilations"),
+    ("engine_restarts", "Times that the engine's process has died and another was started.", "restarts"),
 )
 HISTOGRAMS = (
     ("engine_step_seconds", "Seconds of a step; their sum is the time in which a step was under way.", "step_seconds"),
@@ -40,7 +41,7 @@ class Metrics:
 
     Args:
       model: the label `model_name`.
-      stats: the engine's last figures.
+      stats: the engine's last figures, and `restarts` as of now.
       depth: (samples under way, prompt tokens without output yet) at the server.
     """
 

@@ -39,12 +39,7 @@ def sampling_params(services: Services, body: Sampling, **own: Any) -> SamplingP
             raise refuse(name, asked, f"at most {most} (--max-logprobs)")
     if body.stream_options is not None and not body.stream:
         raise refuse("stream_options", body.stream_options.model_dump(exclude_none=True), "needs stream=true")
-    base = {field.name: getattr(services.llm.builder.default_params(), field.name) for field in _fields()}
-    return SamplingParams(**{**base, **given})
-
-
-def _fields() -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(SamplingParams)
+    return dataclasses.replace(services.llm.builder.default_params(), **given)
 
 
 async def encode(services: Services, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

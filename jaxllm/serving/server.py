@@ -19,6 +19,9 @@ from jaxllm.serving.config import ServerConfig
 from jaxllm.serving.services import Services
 
 logger = logging.getLogger(__name__)
+# libuv takes one connection a turn of the loop from a listening descriptor. In a turn that serves many streams
+# more come, and they would wait ever longer: the socket listens under so many descriptors.
+ACCEPTS = 64
 MANY = 1 << 20  # concurrent requests in AsyncLLM: admission is the server's own
 
 
@@ -87,7 +90,8 @@ async def serve(model: str, config: ServerConfig, options: dict[str, Any]) -> in
             if llm.config.warm_up:
                 logger.info("compiling all step sizes; --no-warm-up would begin at once and compile them on the way")
                 await llm.warm_up()
-            heap.freeze()  # what the start has left: walking it again and again would stop all streams and refusals
+            # What the start has left: walking it again and again would stop all streams and refusals.
+            heap.freeze(heap.SERVERS_THRESHOLD)
             return await run(services, bound, f"http://{host}:{port}")
 
 
@@ -113,7 +117,7 @@ async def run(
     watch = asyncio.ensure_future(server.watch())
     log.event(logger, logging.INFO, "serving", model=services.names[0], address=address, keys=services.keys.needed)
     try:
-        await server.serve(sockets=[bound])
+        await server.serve(sockets=[bound, *(bound.dup() for _ in range(ACCEPTS - 1))])
     finally:
         beat.cancel()
         watch.cancel()

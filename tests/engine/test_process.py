@@ -19,6 +19,7 @@ class Core:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.steps_left = 0
+        self.compiling = False
         self.gate = threading.Event()
         self.gate.set()
         self.in_step = threading.Event()
@@ -102,6 +103,22 @@ def test_an_idle_core_does_not_turn(served):
     log = list(core.log)
     time.sleep(0.1)
     assert core.log == log == ["freeze", "prepare 1", "handle 1", "step", "step", "step"]
+
+
+def test_a_loop_that_waits_for_a_compilation_counts_as_alive(served):
+    core, parent = served
+    ping = encode(Utility(-1, "ping"))
+    core.gate.clear()
+    send(parent, 1)
+    assert core.in_step.wait(10)
+    parent.send_bytes(ping)
+    assert not parent.poll(0.1)  # it may hang: its answer comes from the loop, if at all
+    core.compiling = True
+    parent.send_bytes(ping)
+    assert parent.poll(10) and decode(parent.recv_bytes()) == UtilityResult(-1)
+    core.gate.set()
+    while not isinstance(decode(parent.recv_bytes()), UtilityResult):
+        pass
 
 
 def test_what_warming_up_leaves_is_frozen_too(served):

@@ -1,6 +1,7 @@
 """AsyncLLM: many streams at once, slow readers, aborts, back-pressure, and an engine that dies."""
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from jaxllm import AsyncLLM, SamplingParams
+from jaxllm import AsyncLLM, SamplingParams, StructuredOutputsParams
 from jaxllm.errors import EngineDeadError, InvalidRequestError, JaxllmError, QueueFullError
 from tests.engine import tiny
 
@@ -96,7 +97,7 @@ def test_64_streams_with_slow_readers_and_aborts(checkpoint, truth, engine_proce
     assert not llm._pump.is_alive()
     if engine_process:
         with pytest.raises(ProcessLookupError):
-            os.kill(llm._client._process.pid, 0)
+            os.kill(llm._client.pid, 0)
 
 
 def test_a_slow_reader_gets_what_it_missed_in_one_piece(checkpoint):
@@ -117,6 +118,26 @@ def test_a_slow_reader_gets_what_it_missed_in_one_piece(checkpoint):
         assert counts == {0: 40, 1: 40}
 
     serve(checkpoint("llama"), use)
+
+
+def test_tokens_of_several_steps_at_once_are_the_same(checkpoint, truth):
+    """The loop is kept busy, so that it gets to know many steps at once: texts, stop strings and ends included."""
+    work, alone = truth("llama")
+    text = alone[0].outputs[0].text
+
+    async def use(llm):
+        stop = dataclasses.replace(work[0][1], stop=[text[3:5]])
+        tasks = [asyncio.create_task(llm.complete(*request)) for request in [*work, (work[0][0], stop)]]
+        while not all(task.done() for task in tasks):
+            time.sleep(0.02)
+            await asyncio.sleep(0)
+        *outputs, stopped = [task.result() for task in tasks]
+        for found, expected in zip(outputs, alone, strict=True):
+            _same(found, expected)
+        assert stopped.outputs[0].text == text[: text.index(text[3:5])] and stopped.outputs[0].finish_reason == "stop"
+        assert len(stopped.outputs[0].token_ids) < len(alone[0].outputs[0].token_ids)
+
+    serve(checkpoint("llama"), use, engine_process=True)
 
 
 def test_leaving_early_aborts_within_a_step(checkpoint):
@@ -261,7 +282,7 @@ def test_a_killed_engine_is_an_error_for_everyone(checkpoint):
         streams = [asyncio.create_task(read(llm.generate([5 + i], LONG))) for i in range(40)]
         while (await llm.stats())["running"] < 30:
             await asyncio.sleep(0.01)
-        os.kill(llm._client._process.pid, signal.SIGKILL)
+        os.kill(llm._client.pid, signal.SIGKILL)
         begin = time.monotonic()
         figures = asyncio.create_task(llm.stats())
         results = await asyncio.gather(*streams, figures, return_exceptions=True)
@@ -271,7 +292,91 @@ def test_a_killed_engine_is_an_error_for_everyone(checkpoint):
                 await use_again
         assert time.monotonic() - begin < 5
 
-    serve(checkpoint("llama"), use, engine_process=True)
+    serve(checkpoint("llama"), use, engine_process=True, max_engine_restarts=0)
+
+
+def _of_all_kinds() -> list[tuple[list[int], SamplingParams]]:
+    """Long requests: greedy and seeded, with every parameter that depends on the output so far."""
+    prompts = tiny.prompts(20, longest=20)
+    work = [(prompt, tiny.mixed_params(i, max_tokens=90)) for i, prompt in enumerate(prompts)]
+    regex = StructuredOutputsParams(regex="(the|an)([0-9]{2}(er)*x){9}")
+    extras: list[dict] = [
+        {"n": 3, "temperature": 1.0, "seed": 5, "logprobs": 2, "frequency_penalty": 0.3},
+        {"n": 2, "temperature": 0, "prompt_logprobs": 1},
+        {"structured_outputs": regex, "temperature": 1.0, "seed": 6},
+        {"structured_outputs": regex, "temperature": 0, "logprobs": 1, "n": 2},
+        {"stop": ["qx", "zz"], "temperature": 1.3, "seed": 7},
+        {"min_tokens": 60, "stop_token_ids": list(range(3, 200)), "temperature": 0},
+    ]
+    return work + [(prompts[i], SamplingParams(max_tokens=90, **extra)) for i, extra in enumerate(extras)]
+
+
+def _same(found, expected) -> None:
+    """Asserts that two outputs are one; log-probabilities as nearly as another order of sums allows."""
+    for a, b in zip(found.outputs, expected.outputs, strict=True):
+        assert (a.token_ids, a.text, a.finish_reason, a.stop_reason) == (
+            b.token_ids,
+            b.text,
+            b.finish_reason,
+            b.stop_reason,
+        )
+        for x, y in zip(a.logprobs or [], b.logprobs or [], strict=True):
+            assert x.keys() == y.keys()
+            assert [x[t].logprob for t in x] == pytest.approx([y[t].logprob for t in x], abs=1e-4)
+        assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-3)
+    assert bool(found.prompt_logprobs) == bool(expected.prompt_logprobs)
+
+
+def test_streams_go_on_after_the_engine_was_killed(checkpoint, engine):
+    work = _of_all_kinds()
+    engine("llama").reset_prefix_cache()
+    alone = engine("llama").generate([prompt for prompt, _ in work], [params for _, params in work])
+
+    async def use(llm):
+        tasks = [asyncio.create_task(llm.complete(*request, request_id=f"r{i}")) for i, request in enumerate(work)]
+
+        def samples():
+            return [sample for i in range(len(work)) if (o := llm.live_output(f"r{i}")) for sample in o.outputs]
+
+        while not any(len(sample.token_ids) > 20 for sample in samples()):
+            await asyncio.sleep(0.001)
+        first = llm._client.pid
+        os.kill(first, signal.SIGKILL)
+        middle = [sample for sample in samples() if sample.token_ids and not sample.finished]
+        while not llm.restarting:
+            await asyncio.sleep(0.001)
+        late = asyncio.create_task(llm.complete(*work[0]))  # waits for the next one
+        leaves = asyncio.create_task(llm.complete(*work[1], request_id="leaves"))
+        figures = asyncio.create_task(llm.stats())
+        await asyncio.sleep(0)
+        await llm.abort("leaves")
+        begin = time.monotonic()
+        assert (await leaves).outputs[0].finish_reason == "abort" and time.monotonic() - begin < 2
+        outputs = await asyncio.gather(*tasks)
+        assert len(middle) > 15 and llm.num_restarts == 1 and llm._client.pid != first and not llm.restarting
+        for found, expected in zip([*outputs, await late], [*alone, alone[0]], strict=True):
+            _same(found, expected)
+        assert (await figures)["steps"] >= 0
+        stats = await settled(llm)
+        assert stats["cache_usage"] == 0 and not llm._live and not llm._requests and not len(llm._client._ledger)
+
+    # Bounds of the queue hold for those that are new, not for those that were in already.
+    serve(checkpoint("llama"), use, engine_process=True, max_waiting_requests=40)
+
+
+def test_an_engine_that_hangs_is_replaced(checkpoint, truth):
+    work, alone = truth("llama")
+
+    async def use(llm):
+        tasks = [asyncio.create_task(llm.complete(*request)) for request in work]
+        await asyncio.sleep(0.005)
+        os.kill(llm._client.pid, signal.SIGSTOP)
+        outputs = await asyncio.gather(*tasks)
+        assert llm.num_restarts == 1
+        for found, expected in zip(outputs, alone, strict=True):
+            _same(found, expected)
+
+    serve(checkpoint("llama"), use, engine_process=True, engine_timeout=2.0)
 
 
 def test_closing_ends_the_waiting(checkpoint):

@@ -42,7 +42,7 @@ def test_open_lists_and_deltas_agree(builder, seed):
                 delta = delivered.add(output)
             else:
                 lists[sequence_id].append(token)
-                delta = delivered.add_token(sequence_id, token)
+                delta = delivered.add_tokens(sequence_id, [token])
             assert delta is not None and delta.token_ids == [token]
             texts[sequence_id] += delta.text
             if rng.random() < 0.1:

@@ -1,15 +1,25 @@
 """Streams that end early: clients that leave, deadlines, engines that die; and what is let in at all."""
 
 import asyncio
+import contextlib
+import gc
 import json
+import os
 import random
+import signal
 import socket
 import threading
 import time
 
 import httpx2
 import pytest
+import uvloop
 
+from jaxllm import AsyncLLM
+from jaxllm.serving.app import make_services
+from jaxllm.serving.config import ServerConfig
+from jaxllm.serving.errors import ApiError
+from jaxllm.serving.server import bind, run
 from tests.serving.harness import running, scripted
 
 LONG = dict(prompt="the hand", max_tokens=400, ignore_eos=True)
@@ -126,6 +136,54 @@ def test_too_many_get_429_with_retry_after(slow):
     assert slow.post("/v1/completions", **{**LONG, "max_tokens": 3, "n": 8}).status_code == 200
 
 
+def test_a_refusal_leaves_nothing_for_the_garbage_collector(slow):
+    """Cycles of thousands of refusals take a tenth of a second to collect, in which no stream goes on."""
+    held = [send(slow, {**LONG, "stream": True}) for _ in range(4)]
+    until(lambda: slow.stats()["running"] == 4)
+    gc.collect()
+    gc.disable()
+    try:
+        assert [slow.post("/v1/completions", **LONG).status_code for _ in range(5)] == [429] * 5
+        until(lambda: not any(isinstance(thing, ApiError) for thing in gc.get_objects()), 2)
+    finally:
+        gc.enable()
+        for connection in held:
+            connection.close()
+
+
+def test_connections_are_taken_in_while_the_loop_is_busy(model):
+    """Not one a turn of the loop, as libuv would."""
+    turns, burst = 0, 40
+
+    async def main() -> None:
+        nonlocal turns
+        async with AsyncLLM(engine=scripted(model, [])) as llm:
+            config = ServerConfig(port=0, log_level="warning")
+            with contextlib.closing(bind(config)) as bound:
+                work = asyncio.ensure_future(run(make_services(llm, config), bound, "here"))
+                await asyncio.sleep(0.1)
+                clients = [socket.create_connection(bound.getsockname()) for _ in range(burst)]
+                for client in clients:
+                    client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                    client.setblocking(False)
+                waiting = set(clients)
+                while waiting:
+                    time.sleep(0.002)
+                    await asyncio.sleep(0)
+                    turns += 1
+                    for client in list(waiting):
+                        with contextlib.suppress(BlockingIOError):
+                            assert client.recv(100).startswith(b"HTTP/1.1 200")
+                            waiting.remove(client)
+                            client.close()
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(main(), 20))
+    assert turns < burst
+
+
 def test_waiting_prompt_tokens_are_bounded(slow):
     ticket = slow.call(slow.services.admission.enter, 1, 35)
     refused = slow.post("/v1/completions", prompt=[5] * 10)
@@ -194,6 +252,28 @@ def test_a_dead_engine_ends_the_server(model):
         assert json.loads(rest[-2][6:])["error"]["code"] == "engine_dead"
         until(lambda: server.ended)
         assert server.status == 1
+
+
+def test_a_stream_goes_on_in_another_engine(model):
+    body = dict(prompt="the hand", max_tokens=500, ignore_eos=True, temperature=1.0, seed=3, return_token_ids=True)
+    with running(model, engine={"engine_process": True}) as server:
+        alone = server.post("/v1/completions", **body).json()["choices"][0]
+        with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            choices = [json.loads(next(lines)[6:])["choices"][0]]
+            os.kill(server.services.llm._client.pid, signal.SIGKILL)
+            until(lambda: server.services.llm.restarting)
+            for path in ("/health", "/ready"):
+                down = server.http.get(path)
+                assert down.status_code == 503 and int(down.headers["retry-after"]) > 0
+                assert down.json()["error"]["code"] == "engine_restarting"
+            choices += [json.loads(line[6:])["choices"][0] for line in lines if line != "data: [DONE]"]
+        assert [t for choice in choices for t in choice["token_ids"]] == alone["token_ids"]
+        assert "".join(choice["text"] for choice in choices) == alone["text"]
+        assert choices[-1]["finish_reason"] == "length"
+        until(lambda: server.http.get("/health").status_code == 200)
+        text = server.http.get("/metrics").text
+        assert [line[-4:] for line in text.splitlines() if line.startswith("jaxllm:engine_restarts_total")] == [" 1.0"]
 
 
 def test_health_follows_the_engine(model):
