@@ -21,8 +21,7 @@ class StructuredOutputsParams:
 
     Attributes:
       json: a JSON schema, as a dict or as text. Keywords that cannot be enforced are refused by name. Properties come
-        in the schema's order. A name that is repeated, or written with escapes that it does not need, counts as an
-        additional property: where this matters, disable_additional_properties.
+        in the schema's order; strings have no escapes that they do not need.
       regex: a regular expression (Rust's syntax: no look-around, no back-references; \\d and \\w match all of Unicode)
         that the whole output matches.
       choice: the output is one of these strings.

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.errors import InvalidRequestError
+from jaxllm.structured.json_schema import prepare
 
 
 def limits() -> Any:
@@ -36,28 +37,11 @@ def _json_grammar(params: StructuredOutputsParams) -> str:
 
     schema = '{"type": "object"}' if params.json_object else params.json
     assert isinstance(schema, str)
-    if params.disable_additional_properties:
-        parsed = json.loads(schema)
-        _close_objects(parsed)
-        schema = json.dumps(parsed)
-    if json.loads(schema) in (True, False):  # the library takes objects only
-        schema = "{}" if json.loads(schema) else '{"anyOf": [false]}'
-    options: Any = {"whitespace_flexible": not params.disable_any_whitespace}
+    prepared = prepare(json.loads(schema), close_objects=params.disable_additional_properties)
+    options: Any = {"json_allowed_escapes": prepared.escapes, "whitespace_flexible": not params.disable_any_whitespace}
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=options)
-
-
-def _close_objects(schema: Any) -> None:
-    """additionalProperties: false wherever a schema lists properties and does not say."""
-    if isinstance(schema, dict):
-        if "additionalProperties" not in schema and ("properties" in schema or "patternProperties" in schema):
-            schema["additionalProperties"] = False
-        for value in schema.values():
-            _close_objects(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            _close_objects(value)
+    return llguidance.LLMatcher.grammar_from_json_schema(prepared.schema, overrides=options)
 
 
 def _structural_tag(tag: Any) -> str:
