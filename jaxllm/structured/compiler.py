@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from jaxllm.core.structured_outputs import StructuredOutputsParams
-from jaxllm.errors import InvalidRequestError, QueueFullError
+from jaxllm.errors import InvalidRequestError, QueueFullError, Shown
 from jaxllm.structured.grammar import limits
 from jaxllm.structured.sandbox import Sandbox, SandboxError
 from jaxllm.structured.vocabulary import Encode, Vocabulary, llguidance_tokenizer
@@ -96,7 +96,7 @@ class GrammarCompiler:
         finally:
             self._give_back(sandbox)
         if verdict.error:
-            raise InvalidRequestError(field, value, verdict.error)
+            raise InvalidRequestError(verdict.field or field, Shown(verdict.value) or value, verdict.error)
         matcher = llguidance.LLMatcher(tokenizer, verdict.grammar, log_level=0, limits=limits())
         if matcher.is_error():
             raise InvalidRequestError(field, value, matcher.get_error())
