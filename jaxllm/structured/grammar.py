@@ -1,11 +1,12 @@
 """From what a request asks to a grammar of llguidance. Runs in the sandbox: some of it takes what time it likes."""
 
+import dataclasses
 import json
 from typing import Any
 
 from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.structured.json_schema import prepare
-from jaxllm.structured.structural_tag import structural_tag_lark
+from jaxllm.structured.structural_tag import json_options, structural_tag_lark
 
 
 def limits() -> Any:
@@ -38,7 +39,5 @@ def _json_grammar(params: StructuredOutputsParams) -> str:
     schema = '{"type": "object"}' if params.json_object else params.json
     assert isinstance(schema, str)
     prepared = prepare(json.loads(schema), close_objects=params.disable_additional_properties)
-    options: Any = {"json_allowed_escapes": prepared.escapes, "whitespace_flexible": not params.disable_any_whitespace}
-    if params.whitespace_pattern is not None:
-        options["whitespace_pattern"] = params.whitespace_pattern
+    options: Any = json_options(prepared, dataclasses.asdict(params))
     return llguidance.LLMatcher.grammar_from_json_schema(prepared.schema, overrides=options)

@@ -131,8 +131,8 @@ def _verdict(tokenizer, params: StructuredOutputsParams) -> Verdict:
     if params.structural_tag is not None:
         import llguidance
 
-        for field, schema, lark in named_schemas(json.loads(params.structural_tag)):
-            if own := _error_of(tokenizer, llguidance.LLMatcher.grammar_from_lark(lark)):
+        for field, schema, prepared in named_schemas(json.loads(params.structural_tag)):
+            if own := _error_of(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(prepared)):
                 return Verdict(error=own, field=field, value=repr(schema))
     return Verdict(error=fault)
 

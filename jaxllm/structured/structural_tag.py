@@ -12,8 +12,8 @@ A structural tag is {"type": "structural_tag", "format": FORMAT}, as xgrammar an
 - tags_with_separator (`tags`, `separator`, `at_least_one`, `stop_after_first`)
 
 A trigger, a tag's begin and its end may be a token instead of a string. Text that is free goes on to the end of the
-output, or of its tag. Beside `json_schema` may stand `any_whitespace` (false: none between the parts) or
-`whitespace_pattern`, and `field`, by which errors call that schema.
+output, or of its tag. Beside `json_schema` may stand the options of `StructuredOutputsParams` for JSON, by their names,
+and `field`, by which errors call that schema. A structural tag may stand as a format itself (`structural_tag`).
 """
 
 import json
@@ -21,14 +21,17 @@ import re
 from typing import Any
 
 from jaxllm.errors import InvalidRequestError
-from jaxllm.structured.json_schema import SchemaError, prepare
+from jaxllm.structured.json_schema import PreparedSchema, SchemaError, prepare
 
 FIELD = "structured_outputs.structural_tag"
+
+JSON_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 
 # The keys of each type: those that it needs, and those that it may have.
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "const_string": ({"value"}, set()),
-    "json_schema": ({"json_schema"}, {"any_whitespace", "whitespace_pattern", "field"}),
+    "json_schema": ({"json_schema"}, {*JSON_OPTIONS, "field"}),
+    "structural_tag": ({"structural_tag"}, set()),
     "regex": ({"pattern"}, set()),
     "grammar": ({"grammar"}, set()),
     "any_text": (set(), set()),
@@ -50,20 +53,20 @@ def structural_tag_lark(tag: Any) -> str:
     return _Writer().grammar(tag)
 
 
-def named_schemas(tag: Any) -> list[tuple[str, Any, str]]:
-    """(field, schema, grammar of it alone) of the schemas that have a `field`, to find which one is at fault."""
+def named_schemas(tag: Any) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(field, schema, schema for llguidance) of those that have a `field`, to find which one is at fault."""
     writer = _Writer()
     writer.grammar(tag)
     return writer.schemas
 
 
-def schema_lark(schema: Any, *, any_whitespace: bool = True, whitespace_pattern: str | None = None) -> str:
-    """An expression of Lark for the JSON texts that a schema allows. Raises SchemaError."""
-    prepared = prepare(schema)
-    options: dict[str, Any] = {"json_allowed_escapes": prepared.escapes, "whitespace_flexible": any_whitespace}
-    if whitespace_pattern is not None:
-        options["whitespace_pattern"] = whitespace_pattern
-    return f"%json {json.dumps({**prepared.schema, 'x-guidance': options})}"
+def json_options(prepared: PreparedSchema, options: dict[str, Any]) -> dict[str, Any]:
+    """llguidance's options for a prepared schema."""
+    made: dict[str, Any] = {"json_allowed_escapes": prepared.escapes}
+    made["whitespace_flexible"] = not options.get("disable_any_whitespace", False)
+    if options.get("whitespace_pattern") is not None:
+        made["whitespace_pattern"] = options["whitespace_pattern"]
+    return made
 
 
 class _Writer:
@@ -71,13 +74,12 @@ class _Writer:
 
     def __init__(self) -> None:
         self._rules: list[str] = []
-        self.schemas: list[tuple[str, Any, str]] = []
+        self.schemas: list[tuple[str, Any, dict[str, Any]]] = []
 
     def grammar(self, tag: Any) -> str:
         """All of it."""
         self._whole = tag
-        form, path = self._form_of(tag)
-        start = self._write(form, path, last=True)
+        start = self._write(*self._form_of(tag), last=True)
         return "\n".join([f"start: {start}", *self._rules]) + "\n"
 
     def _form_of(self, tag: Any) -> tuple[Any, str]:
@@ -144,14 +146,19 @@ class _Writer:
 
     def _write_json_schema(self, form: Any, path: str, last: bool) -> str:
         schema, field = form["json_schema"], form.get("field")
-        options = {name: form[name] for name in ("any_whitespace", "whitespace_pattern") if name in form}
+        options = {name: form[name] for name in JSON_OPTIONS if name in form}
         try:
-            text = schema_lark(schema, **options)
+            prepared = prepare(schema, close_objects=options.get("disable_additional_properties", False))
         except SchemaError as error:
             raise InvalidRequestError(field or FIELD, schema, str(error) if field else f"{path}: {error}") from None
+        own = {**prepared.schema, "x-guidance": json_options(prepared, options)}
         if field:
-            self.schemas.append((field, schema, f"start: {text}\n"))
-        return self._rule(text)
+            self.schemas.append((field, schema, own))
+        return self._rule(f"%json {json.dumps(own)}")
+
+    def _write_structural_tag(self, form: Any, path: str, last: bool) -> str:
+        inner, below = self._form_of(form["structural_tag"])
+        return self._write(inner, f"{path}.{below}", last)
 
     def _write_any_text(self, form: Any, path: str, last: bool) -> str:
         self._need(last, "any_text goes on to the end: nothing may follow it but its tag's end", path)

@@ -78,7 +78,7 @@ C, N = '<call=c>{"city": "x"}</call>', '<call=n>{"n":1}</call>'
 CASES: list[tuple[dict, list[str], list[str]]] = [
     (const("a/b\n"), ["a/b\n"], ["", "a"]),
     (of(COUNT), ['{"n":1}', '{"n": 1}'], ['{"n":"a"}', ""]),
-    (of(COUNT, any_whitespace=False), ['{"n":1}'], ['{"n": 1}']),
+    (of(COUNT, disable_any_whitespace=True), ['{"n":1}'], ['{"n": 1}']),
     (of(COUNT, whitespace_pattern=" "), ['{ "n": 1 }'], ['{"n":  1}']),
     ({"type": "regex", "pattern": "a+(/|\\/)[/]b?\n"}, ["aa//b\n", "a//\n"], ["/", "a//"]),
     ({"type": "grammar", "grammar": 'start: "(" start ")" | NAME\nNAME: /[a-z]+/'}, ["a", "((ab))"], ["((a)", ""]),
@@ -121,6 +121,12 @@ CASES: list[tuple[dict, list[str], list[str]]] = [
         },
         ["", "xaab1", "ab2", "caab1 ab2", "ba"],
         ["aa", "ab", "aaab1", "xab1", "aab2"],
+    ),
+    (of(CITY, disable_additional_properties=True), ['{"city":"x"}'], ['{"city":"x","a":1}']),
+    (
+        sequence(const("x"), {"type": "structural_tag", "structural_tag": {"type": "structural_tag", "format": LIST}}),
+        ["x", f"x{C}"],
+        ["", C],
     ),
     (LIST, ["", C, f"{C}; {N}"], [f"{C}{N}", f"{C}; ", "a"]),
     ({**LIST, "at_least_one": True}, [C, f"{N}; {N}; {N}"], ["", "a"]),
