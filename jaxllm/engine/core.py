@@ -211,6 +211,8 @@ class EngineCore:
         self.runner.executables.wait()
         self.runner.executables.seal()
         self.runner.rehearse()
+        if self._grammars is not None:
+            self._grammars.prepare()
         return len(keys)
 
     # Steps

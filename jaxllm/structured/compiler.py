@@ -51,6 +51,20 @@ class GrammarCompiler:
         self._closed = False
         self.num_compiled = 0
 
+    def prepare(self) -> None:
+        """Begins with what the first grammar would wait for, on a thread: the vocabulary, and a sandbox that knows it."""
+        self._pool.submit(self._prepare)
+
+    def _prepare(self) -> None:
+        try:
+            vocabulary, _ = self._tokens()
+            with self._lock:
+                needed = not (self._idle or self._busy or self._closed)
+            if needed:
+                self._give_back(self._take(vocabulary))
+        except Exception as error:  # a request under a grammar gets to know, if there is one
+            logger.debug("no grammars: %s: %s", type(error).__name__, error)
+
     def compile(self, params: StructuredOutputsParams) -> "Future[llguidance.LLMatcher]":
         """A matcher at the grammar's start, to be copied and never walked itself.
 
