@@ -147,7 +147,9 @@ class Device:
                 if isinstance(key, WriteMasks):
                     masks = self._lowering.masks(key.num_masks)
                     words = np.zeros((self._lowering.ranks, key.num_masks, masks.shape[1]), np.int32)
-                    self.write_masks(np.full(words.shape[:2], self._lowering.plan.scheduler.max_num_seqs, np.int32), words)
+                    self.write_masks(
+                        np.full(words.shape[:2], self._lowering.plan.scheduler.max_num_seqs, np.int32), words
+                    )
                 elif isinstance(key, Sample) and not key.variant.adjust:
                     jax.block_until_ready(self.sample(key, buffers))
 

@@ -52,7 +52,7 @@ class GrammarCompiler:
         self.num_compiled = 0
 
     def prepare(self) -> None:
-        """Begins with what the first grammar would wait for, on a thread: the vocabulary, and a sandbox that knows it."""
+        """Begins with what the first grammar would wait for, on a thread: the vocabulary, and a sandbox."""
         self._pool.submit(self._prepare)
 
     def _prepare(self) -> None:

@@ -19,6 +19,18 @@ _NO_SCHEMAS = ("const", "enum", "default", "examples", "required", "dependentReq
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
+_LIBRARY_FORMATS = ("duration", "hostname", "ipv4", "uri", "uuid")  # llguidance's own, which are exact
+_REFUSED_FORMATS = ("idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex")
+_REFUSED_FORMATS += ("relative-json-pointer", "uri-reference", "uri-template")
+# Keywords that llguidance lacks, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}),
+    "propertyNames": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+}
 _SHARED = "jaxllm."  # prefix of definitions that formats share
 
 _NEEDED_ESCAPES = 'nrbtf\\"'
@@ -91,6 +103,9 @@ class _Walk:
             count = schema.get(keyword)
             if isinstance(count, float) and count.is_integer():
                 schema[keyword] = int(count)
+        for keyword, values in _NEUTRAL.items():
+            if any(type(schema.get(keyword)) is type(value) and schema[keyword] == value for value in values):
+                del schema[keyword]
         self._objects(schema)
         self._strings(schema)
 
@@ -111,10 +126,12 @@ class _Walk:
         if isinstance(schema.get("pattern"), str):
             schema["pattern"] = translate(schema["pattern"])
         name = schema.get("format")
-        pattern = format_pattern(name) if isinstance(name, str) else None
-        if pattern is None:
+        if not isinstance(name, str) or name in _LIBRARY_FORMATS or name in _REFUSED_FORMATS:
             return
         del schema["format"]
+        pattern = format_pattern(name)
+        if pattern is None:  # none of the standard's: it says nothing of which strings are valid
+            return
         if self._may_share and schema.get("type") == "string" and schema.keys() <= {"type", *_ANNOTATIONS}:
             self.shared[f"{_SHARED}{name}"] = {"type": "string", "pattern": pattern}
             schema.clear()

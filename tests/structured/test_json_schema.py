@@ -101,6 +101,19 @@ def test_refused_by_name(compiler, schema, named):
         compiler.compile(StructuredOutputsParams(json=schema).checked()).result(timeout=60)
 
 
+def test_what_asks_for_nothing_is_left_out(compiler):
+    """Formats that are none of the standard's are annotations."""
+    schema = {
+        "properties": {"path": {"type": "string", "format": "path"}, "n": {"type": "integer", "format": "int64"}},
+        "uniqueItems": False,
+        "propertyNames": {},
+        "unevaluatedProperties": True,
+        "dependentRequired": {},
+    }
+    assert accepts(compiler, '{"path": "a/b", "n": 1}', json=schema)
+    assert not accepts(compiler, '{"path": 1}', json=schema)
+
+
 def test_only_schemas_are_changed():
     """Not the names of properties, nor literals."""
     schema = {
