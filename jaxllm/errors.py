@@ -5,6 +5,13 @@ class JaxllmError(Exception):
     """The root of every error that jaxllm raises on purpose."""
 
 
+class Shown(str):
+    """A value as it was shown where it was refused, in another process say; it is shown so again."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class InvalidRequestError(JaxllmError, ValueError):
     """A request that cannot be served, refused before any work starts.
 

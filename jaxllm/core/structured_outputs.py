@@ -21,15 +21,15 @@ class StructuredOutputsParams:
 
     Attributes:
       json: a JSON schema, as a dict or as text. Keywords that cannot be enforced are refused by name. Properties come
-        in the schema's order. A name that is repeated, or written with escapes that it does not need, counts as an
-        additional property: where this matters, disable_additional_properties.
+        in the schema's order; strings have no escapes that they do not need.
       regex: a regular expression (Rust's syntax: no look-around, no back-references; \\d and \\w match all of Unicode)
         that the whole output matches.
       choice: the output is one of these strings.
       grammar: a context-free grammar, in Lark's syntax (as llguidance reads it) or in GBNF.
       json_object: True: any JSON object.
-      structural_tag: text of a JSON object {"structures": [{"begin", "schema", "end"}, ...], "triggers": [...]}: free
-        text in which, after a trigger, one of the structures follows.
+      structural_tag: text of a JSON object that says which parts of the output are free and which have a form, as
+        vLLM takes it: {"type": "structural_tag", "format": ...}, or {"structures": ..., "triggers": ...}. See
+        `jaxllm.structured.structural_tag` for the formats.
       disable_fallback: accepted for vLLM's sake: there is one backend, and nothing to fall back to.
       disable_any_whitespace: JSON without any whitespace between its parts (json and json_object).
       disable_additional_properties: objects whose schema does not say have no additional properties (json).

@@ -222,6 +222,8 @@ class EngineCore:
             self.runner.executables.wait()
             self.runner.executables.seal()
             self.runner.rehearse()
+            if self._grammars is not None:
+                self._grammars.prepare()
         finally:
             self._warming_up = False
         return len(keys)

@@ -147,8 +147,14 @@ class Device:
         for _ in range(2 if steps else 0):
             for step in steps:
                 buffers, _ = self.forward(step, idle)
-            for key in ready:  # tables are made for the first request that needs them
-                if isinstance(key, Sample) and not (key.variant.adjust or key.variant.masked):
+            for key in ready:  # the large tables are made for the first request that needs them
+                if isinstance(key, WriteMasks):
+                    masks = self._lowering.masks(key.num_masks)
+                    words = np.zeros((self._lowering.ranks, key.num_masks, masks.shape[1]), np.int32)
+                    self.write_masks(
+                        np.full(words.shape[:2], self._lowering.plan.scheduler.max_num_seqs, np.int32), words
+                    )
+                elif isinstance(key, Sample) and not key.variant.adjust:
                     jax.block_until_ready(self.sample(key, buffers))
 
     def replace_weights(self, leaves: list[jax.Array]) -> None:

@@ -60,6 +60,10 @@ class Grammars:
 
     # Compilation
 
+    def prepare(self) -> None:
+        """Begins with what the first grammar would wait for, on a thread."""
+        self._compiler.prepare()
+
     def hold(self, arrival: "Arrival") -> None:
         """Keeps a request until its grammar is compiled. Raises QueueFullError."""
         params = arrival.request.params.structured_outputs

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxllm.engine.messages import Logprobs, SequenceOutput
-from jaxllm.errors import InvalidRequestError, JaxllmError, QueueFullError
+from jaxllm.errors import InvalidRequestError, JaxllmError, QueueFullError, Shown
 from jaxllm.frontend.inputs import PreparedRequest
 from jaxllm.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.text.output import OutputText
@@ -77,7 +77,8 @@ class RequestCollector:
         if sample.finish_reason is not None:
             return None
         if message.refused is not None:
-            self.error = InvalidRequestError(*message.refused)
+            field, value, limit = message.refused
+            self.error = InvalidRequestError(field, Shown(value), limit)
         elif message.queue_full:
             self.error = QueueFullError(message.error)
         if message.embedding is not None:

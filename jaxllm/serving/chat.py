@@ -9,35 +9,23 @@ from jaxllm.serving.chat_answer import ChatAnswer, Wishes
 from jaxllm.serving.context import Context
 from jaxllm.serving.conversation import render
 from jaxllm.serving.errors import refuse
+from jaxllm.serving.forms import mark_of, special_token
 from jaxllm.serving.generation import Generation
 from jaxllm.serving.protocol.chat import ChatRequest
-from jaxllm.serving.reasoning import ReasoningParser, reasoning_style
+from jaxllm.serving.reasoning import ReasoningParser, ReasoningStyle, first_stage, reasoning_style
 from jaxllm.serving.sampling import check_length, encode, sampling_params, truncate
 from jaxllm.serving.services import Services
+from jaxllm.serving.structure import after_reasoning, asked_structure, whole
 from jaxllm.serving.text_parser import TextParser
-from jaxllm.serving.tools import ToolParser, tool_parser
+from jaxllm.serving.tool_choice import ToolUse, tool_use
 
 
-def chosen_tools(services: Services, body: ChatRequest) -> tuple[type[ToolParser] | None, str | None]:
-    """(the parser of calls or None, how the answer is made to begin). Raises ApiError."""
-    choice = body.tool_choice
-    if not body.tools:
-        if choice not in (None, "none"):
-            raise refuse("tool_choice", choice, "needs tools")
-        return None, None
-    if choice == "none":
-        return None, None
-    name = services.config.tool_call_parser
-    if name is None:
-        raise refuse("tools", f"{len(body.tools)} tools", "start the server with --tool-call-parser to use tools")
-    parser = tool_parser(name)
-    names = [tool.function.name for tool in body.tools]
-    if choice is not None and choice.startswith("function:"):
-        wanted = choice.removeprefix("function:")
-        if wanted not in names:
-            raise refuse("tool_choice", wanted, f"is none of the tools {', '.join(names)}")
-        return parser, parser.forced(wanted)
-    return parser, parser.forced(None) if choice == "required" else None
+@dataclasses.dataclass(frozen=True)
+class FieldNames:
+    """An endpoint's own names: of the answer's form, and of a tool's parameters ({} stands for its number)."""
+
+    form: str = "response_format"
+    parameters: str = "tools[{}].function.parameters"
 
 
 @dataclasses.dataclass
@@ -76,11 +64,14 @@ async def chat(services: Services, context: Context, body: ChatRequest) -> ChatA
     return ChatAnswer(services, prepared.model, wishes, prepared.prompt, prepared.generation, prepared.text_parser)
 
 
-async def prepare(services: Services, context: Context, body: ChatRequest) -> PreparedChat:
+async def prepare(
+    services: Services, context: Context, body: ChatRequest, names: FieldNames = FieldNames()
+) -> PreparedChat:
     """Renders and checks a chat, and lets it in. Raises ApiError or any of jaxllm.errors."""
     model = services.model(body.model)
-    parser, forced = chosen_tools(services, body)
-    params = _params(services, body, parser)
+    tools = tool_use(services, body, asked_structure(body, names.form), names.parameters)
+    style = None if services.config.reasoning_parser is None else reasoning_style(services.config.reasoning_parser)
+    params = _params(services, body, tools, style)
     services.admission.check(params.n)
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
@@ -95,23 +86,29 @@ async def prepare(services: Services, context: Context, body: ChatRequest) -> Pr
         continue_final_message=bool(body.continue_final_message),
         variables=variables,
     )
-    (prompt,) = await encode(services, [text + (forced or "")], bool(body.add_special_tokens))
+    (prompt,) = await encode(services, [text], bool(body.add_special_tokens))
     prompt = truncate(services, prompt, body.truncate_prompt_tokens, params.max_tokens)
     check_length(services, "messages", text, prompt)
-    style = services.config.reasoning_parser
+    structure = tools.structure
+    if structure is not None:
+        if style is not None and (stage := first_stage(style, text)) != "after":
+            mark = mark_of(services.llm.get_tokenizer())
+            structure = whole(structure, after_reasoning(structure.form, style, stage, mark))
+        params = dataclasses.replace(params, structured_outputs=structure.params)
 
     def text_parser() -> TextParser | None:
-        reasoning = None if style is None or forced else ReasoningParser(reasoning_style(style), text)
-        if parser is None and reasoning is None:
+        if tools.parser is None and style is None:
             return None
-        return TextParser(reasoning, None if parser is None else parser(), forced or "")
+        reasoning = None if style is None else ReasoningParser(style, text)
+        return TextParser(reasoning, None if tools.parser is None else tools.parser())
 
     salt = context.cache_salt(body.cache_salt)
     generation = Generation(services, context, [prompt], params, body.priority or 0, salt)
+    generation.names = {} if structure is None else structure.names
     return PreparedChat(model, prompt, generation, text_parser)
 
 
-def _params(services: Services, body: ChatRequest, parser: type[ToolParser] | None) -> SamplingParams:
+def _params(services: Services, body: ChatRequest, tools: ToolUse, style: ReasoningStyle | None) -> SamplingParams:
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         limit = f"is the old name of max_completion_tokens, which is {body.max_completion_tokens}; give one"
         raise refuse("max_tokens", body.max_tokens, limit)
@@ -124,6 +121,10 @@ def _params(services: Services, body: ChatRequest, parser: type[ToolParser] | No
         raise refuse("top_logprobs", body.top_logprobs, "needs logprobs=true")
     if body.logprobs:
         own["logprobs"] = body.top_logprobs or 0
-    if parser is not None and parser.special_tokens:
+    special = tools.special_tokens
+    if style is not None:
+        tokenizer = services.llm.get_tokenizer()
+        special |= special_token(tokenizer, style.start) is not None or special_token(tokenizer, style.end) is not None
+    if special:
         own["skip_special_tokens"] = False
     return sampling_params(services, body, **own)

@@ -14,6 +14,7 @@ from jaxllm.serving.sampling import check_length, encode, sampling_params, trunc
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import DONE, event
 from jaxllm.serving.streaming import encode as to_json
+from jaxllm.serving.structure import Structure, asked_structure
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's
 
@@ -21,7 +22,8 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's
 async def complete(services: Services, context: Context, body: CompletionRequest) -> "CompletionAnswer":
     """An answer whose generation has not been started. Raises ApiError or any of jaxllm.errors."""
     model = services.model(body.model)
-    params = _params(services, body)
+    structure = asked_structure(body)
+    params = _params(services, body, structure)
     samples, most = len(body.prompt) * params.n, services.config.max_prompts
     if samples > most:
         limit = f"at most {most} prompts times samples (--max-prompts)"
@@ -38,11 +40,12 @@ async def complete(services: Services, context: Context, body: CompletionRequest
         if len(ids) < len(whole):
             texts[position] = None
     generation = Generation(services, context, prompts, params, body.priority or 0, context.cache_salt(body.cache_salt))
+    generation.names = {} if structure is None else structure.names
     return CompletionAnswer(services, context, body, model, params, prompts, texts, generation)
 
 
-def _params(services: Services, body: CompletionRequest) -> SamplingParams:
-    own: dict[str, Any] = {}
+def _params(services: Services, body: CompletionRequest, structure: Structure | None) -> SamplingParams:
+    own: dict[str, Any] = {"structured_outputs": None if structure is None else structure.params}
     default = services.llm.builder.default_params().max_tokens
     own["max_tokens"] = body.max_tokens if body.max_tokens is not None else default or DEFAULT_MAX_TOKENS
     if body.logprobs is not None:

@@ -66,7 +66,7 @@ async def render(
         if name in ("messages", "tools", "documents", "add_generation_prompt"):
             raise refuse(f"chat_template_kwargs.{name}", "…", "is a field of the request itself")
     plain = [template_message(message, position) for position, message in enumerate(messages)]
-    schemas = [tool.model_dump(exclude_none=True) for tool in tools or []]
+    schemas = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools or []]
     tokenizer = services.llm.get_tokenizer()
 
     def make() -> str:

@@ -4,15 +4,17 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.errors import InvalidRequestError
 from jaxllm.frontend.outputs import CompletionOutput
 from jaxllm.serving.context import Context
-from jaxllm.serving.errors import ApiError
+from jaxllm.serving.errors import ApiError, api_error
 from jaxllm.serving.services import Services
 
 FIRST_WAIT = 0.05  # seconds that the answer's status waits for the engine's refusal
+GRAMMAR_WAIT = 30.0  # the same where there is a grammar: its compilation may take long, and then be refused
 
 
 @dataclasses.dataclass
@@ -38,6 +40,9 @@ class Generation:
 
     A sample that ends with finish_reason "error" ends all of it: iterating raises ApiError with the engine's words.
 
+    Attributes:
+      names: the client's names of parameters that the engine may refuse, where they differ.
+
     Use: `await start()`, then iterate, then `await close()` in any case: what has not ended is aborted.
     """
 
@@ -55,6 +60,7 @@ class Generation:
         self._metrics = services.metrics
         self.num_choices = len(prompts) * params.n
         self.usage = Usage(sum(map(len, prompts)))
+        self.names: Mapping[str, str] = {}
         self._last = [0.0] * self.num_choices  # when each choice last brought something
         self._first = [0.0] * self.num_choices
         self._counts = [0] * self.num_choices
@@ -64,6 +70,11 @@ class Generation:
         self._heads: list[asyncio.Task] = []
         self._pumps: list[asyncio.Task] = []
         self._ticket = services.admission.enter(self.num_choices, self.usage.prompt_tokens)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether its outputs must have a form, so that `start` waits until the engine knows what that takes."""
+        return self._params.structured_outputs is not None
 
     async def start(self) -> None:
         """Submits everything; raises what the engine refuses at once. Any error ends all of it."""
@@ -79,14 +90,22 @@ class Generation:
                 self._streams.append(stream)
                 self._heads.append(asyncio.ensure_future(anext(stream)))
             await asyncio.sleep(0)  # the heads have been checked then, and submitted
-            await asyncio.wait(self._heads, timeout=FIRST_WAIT, return_when=asyncio.FIRST_COMPLETED)
-            for head in self._heads:
+            patience = GRAMMAR_WAIT if self.has_grammar else FIRST_WAIT
+            await asyncio.wait(self._heads, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            for position, head in enumerate(self._heads):
                 if head.done():
-                    head.result()
+                    await self._head(position)
         except BaseException:
             self._ended = [True] * self.num_choices  # refused: there was no sample that could end
             await self.close()
             raise
+
+    async def _head(self, position: int) -> CompletionOutput:
+        """A prompt's first output. Raises what the engine refuses, by the client's name."""
+        try:
+            return await self._heads[position]
+        except InvalidRequestError as error:
+            raise api_error(error, self.names) from error
 
     async def close(self) -> None:
         """Ends what has not ended."""
@@ -134,7 +153,7 @@ class Generation:
 
     async def _one(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
         stream = self._streams[0]
-        delta = await self._heads[0]
+        delta = await self._head(0)
         self._begun(0)
         self._measure(delta.index, delta)
         yield delta.index, delta
@@ -160,7 +179,7 @@ class Generation:
     async def _pump(self, position: int, queue: asyncio.Queue) -> None:
         """One prompt's deltas into the queue; a reader that is slow makes it wait, and the engine merges them."""
         try:
-            head = await self._heads[position]
+            head = await self._head(position)
             self._begun(position)
             await queue.put((position, head))
             async for delta in self._streams[position]:

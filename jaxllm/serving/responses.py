@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxllm.errors import InvalidRequestError
 from jaxllm.frontend.outputs import CompletionOutput
-from jaxllm.serving.chat import PreparedChat, prepare
+from jaxllm.serving.chat import FieldNames, PreparedChat, prepare
 from jaxllm.serving.context import Context
 from jaxllm.serving.errors import ApiError, api_error
 from jaxllm.serving.logprobs import LogprobFormat
@@ -15,6 +15,7 @@ from jaxllm.serving.protocol.responses import LOGPROBS, ResponsesRequest
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import encode as to_json
 
+FIELDS = FieldNames("text.format", "tools[{}].parameters")
 NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "max_completion_tokens": "max_output_tokens"}
 
 
@@ -23,7 +24,7 @@ async def respond_to(services: Services, context: Context, body: ResponsesReques
     if body.top_logprobs is not None and LOGPROBS not in (body.include or ()):
         raise ApiError(400, f"top_logprobs={body.top_logprobs}: needs include=[{LOGPROBS!r}]", "top_logprobs")
     try:
-        prepared = await prepare(services, context, body.chat())
+        prepared = await prepare(services, context, body.chat(), FIELDS)
     except InvalidRequestError as error:
         raise api_error(error, NAMES) from error
     return ResponsesAnswer(services, context, body, prepared)
@@ -45,6 +46,7 @@ class ResponsesAnswer:
         self._open = False
         self._sequence = 0
         self._reasoning_tokens = 0  # of deltas that brought reasoning
+        text = body.text.format if body.text is not None else None
         choice = body.tool_choice or "auto"
         if choice.startswith("function:"):
             choice = {"type": "function", "name": choice.removeprefix("function:")}
@@ -67,9 +69,9 @@ class ResponsesAnswer:
             "service_tier": "default",
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": text.model_dump(by_alias=True, exclude_none=True) if text else {"type": "text"}},
             "tool_choice": choice,
-            "tools": [{**tool.model_dump(), "strict": False} for tool in body.tools or []],
+            "tools": [{**tool.model_dump(), "strict": bool(tool.strict)} for tool in body.tools or []],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "truncation": "disabled",

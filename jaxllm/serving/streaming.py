@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Protocol
 
 import msgspec
@@ -87,10 +87,18 @@ async def collect(answer: Answer, until: float | None = None) -> dict[str, Any]:
 async def respond(request: Request, services: Services, context: Context, answer: Answer) -> Response:
     """Starts the generation and answers. A client that leaves ends it."""
     until = deadline(services, context)
-    await answer.generation.start()
+    if not answer.generation.has_grammar:
+        await answer.generation.start()
+    elif not await _while_there(request, context, _started(answer, until)):
+        return Response(status_code=499)
     if answer.stream:
         return EventStream(answer, until)
     return await _unless_left(request, context, collect(answer, until))
+
+
+async def _started(answer: Answer, until: float | None) -> None:
+    async with asyncio.timeout_at(until):
+        await answer.generation.start()
 
 
 async def unless_left(
@@ -107,13 +115,22 @@ async def unless_left(
 
 async def _unless_left(request: Request, context: Context, body: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     work = asyncio.ensure_future(body)
+    if await _while_there(request, context, work):
+        return json_response(work.result())
+    return Response(status_code=499)
+
+
+async def _while_there(request: Request, context: Context, awaited: Awaitable[Any]) -> bool:
+    """Awaits work that is cancelled when the client leaves; whether it got done. Raises what it raises."""
+    work = asyncio.ensure_future(awaited)
     left = asyncio.ensure_future(_left(request.receive))
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
-            return json_response(work.result())
+            work.result()
+            return True
         context.log["disconnected"] = True
-        return Response(status_code=499)
+        return False
     finally:
         left.cancel()
         work.cancel()

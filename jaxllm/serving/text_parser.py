@@ -6,11 +6,10 @@ from jaxllm.serving.tools.base import ToolParser
 
 
 class TextParser:
-    """Feeds text to both; `forced` is how the prompt made the answer begin."""
+    """Feeds text to both."""
 
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None, forced: str = ""):
+    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None):
         self._reasoning, self._tools = reasoning, tools
-        self._first = tools.feed(forced) if tools is not None and forced else []
 
     @property
     def calls(self) -> int:
@@ -23,11 +22,10 @@ class TextParser:
 
     def feed(self, text: str) -> list[Event]:
         """The events that this text settles."""
-        first, self._first = self._first, []
         events: list[Event] = [Content(text)] if text else []
         if self._reasoning is not None and text:
             events = self._reasoning.feed(text)
-        return first + self._through_tools(events)
+        return self._through_tools(events)
 
     def finish(self) -> list[Event]:
         """What was held back, at the end of the text."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from jaxllm.core.structured_outputs import StructuredOutputsParams
-from jaxllm.errors import InvalidRequestError, QueueFullError
+from jaxllm.errors import InvalidRequestError, QueueFullError, Shown
 from jaxllm.structured.grammar import limits
 from jaxllm.structured.sandbox import Sandbox, SandboxError
 from jaxllm.structured.vocabulary import Encode, Vocabulary, llguidance_tokenizer
@@ -50,6 +50,20 @@ class GrammarCompiler:
         self._busy: set[Sandbox] = set()
         self._closed = False
         self.num_compiled = 0
+
+    def prepare(self) -> None:
+        """Begins with what the first grammar would wait for, on a thread: the vocabulary, and a sandbox."""
+        self._pool.submit(self._prepare)
+
+    def _prepare(self) -> None:
+        try:
+            vocabulary, _ = self._tokens()
+            with self._lock:
+                needed = not (self._idle or self._busy or self._closed)
+            if needed:
+                self._give_back(self._take(vocabulary))
+        except Exception as error:  # a request under a grammar gets to know, if there is one
+            logger.debug("no grammars: %s: %s", type(error).__name__, error)
 
     def compile(self, params: StructuredOutputsParams) -> "Future[llguidance.LLMatcher]":
         """A matcher at the grammar's start, to be copied and never walked itself.
@@ -96,7 +110,7 @@ class GrammarCompiler:
         finally:
             self._give_back(sandbox)
         if verdict.error:
-            raise InvalidRequestError(field, value, verdict.error)
+            raise InvalidRequestError(verdict.field or field, Shown(verdict.value) or value, verdict.error)
         matcher = llguidance.LLMatcher(tokenizer, verdict.grammar, log_level=0, limits=limits())
         if matcher.is_error():
             raise InvalidRequestError(field, value, matcher.get_error())

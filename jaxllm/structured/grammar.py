@@ -1,10 +1,12 @@
 """From what a request asks to a grammar of llguidance. Runs in the sandbox: some of it takes what time it likes."""
 
+import dataclasses
 import json
 from typing import Any
 
 from jaxllm.core.structured_outputs import StructuredOutputsParams
-from jaxllm.errors import InvalidRequestError
+from jaxllm.structured.json_schema import prepare
+from jaxllm.structured.structural_tag import json_options, structural_tag_lark
 
 
 def limits() -> Any:
@@ -28,7 +30,7 @@ def to_llguidance(params: StructuredOutputsParams) -> str:
         return llguidance.LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}\n")
     if kind == "grammar":
         return llguidance.grammar_from("grammar", value)
-    return _structural_tag(json.loads(value))
+    return llguidance.LLMatcher.grammar_from_lark(structural_tag_lark(json.loads(value)))
 
 
 def _json_grammar(params: StructuredOutputsParams) -> str:
@@ -36,49 +38,6 @@ def _json_grammar(params: StructuredOutputsParams) -> str:
 
     schema = '{"type": "object"}' if params.json_object else params.json
     assert isinstance(schema, str)
-    if params.disable_additional_properties:
-        parsed = json.loads(schema)
-        _close_objects(parsed)
-        schema = json.dumps(parsed)
-    if json.loads(schema) in (True, False):  # the library takes objects only
-        schema = "{}" if json.loads(schema) else '{"anyOf": [false]}'
-    options: Any = {"whitespace_flexible": not params.disable_any_whitespace}
-    if params.whitespace_pattern is not None:
-        options["whitespace_pattern"] = params.whitespace_pattern
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=options)
-
-
-def _close_objects(schema: Any) -> None:
-    """additionalProperties: false wherever a schema lists properties and does not say."""
-    if isinstance(schema, dict):
-        if "additionalProperties" not in schema and ("properties" in schema or "patternProperties" in schema):
-            schema["additionalProperties"] = False
-        for value in schema.values():
-            _close_objects(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            _close_objects(value)
-
-
-def _structural_tag(tag: Any) -> str:
-    """vLLM's structural tag of structures and triggers."""
-    import llguidance
-
-    def need(holds: bool, limit: str) -> None:
-        if not holds:
-            raise InvalidRequestError("structured_outputs.structural_tag", tag, limit)
-
-    need(isinstance(tag, dict) and set(tag) == {"structures", "triggers"}, "needs 'structures' and 'triggers'")
-    structures, triggers = tag["structures"], tag["triggers"]
-    need(isinstance(triggers, list) and all(isinstance(t, str) and t for t in triggers), "triggers are strings")
-    need(isinstance(structures, list) and bool(structures), "needs at least one structure")
-    tags = []
-    for structure in structures:
-        need(isinstance(structure, dict), "a structure is an object")
-        begin, schema, end = (structure.get(name) for name in ("begin", "schema", "end"))
-        need(isinstance(begin, str) and isinstance(end, str), "a structure's 'begin' and 'end' are strings")
-        need(isinstance(schema, dict), "a structure's 'schema' is a JSON schema")
-        trigger = next((text for text in triggers if begin.startswith(text)), "")
-        need(bool(trigger), f"no trigger begins {begin!r}")
-        tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
-    return llguidance.StructTag.to_grammar(tags)
+    prepared = prepare(json.loads(schema), close_objects=params.disable_additional_properties)
+    options: Any = json_options(prepared, dataclasses.asdict(params))
+    return llguidance.LLMatcher.grammar_from_json_schema(prepared.schema, overrides=options)

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import json
 import os
 import resource
 import socket
@@ -17,6 +18,7 @@ import msgspec
 from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.errors import InvalidRequestError
 from jaxllm.structured.grammar import limits, to_llguidance
+from jaxllm.structured.structural_tag import named_schemas
 from jaxllm.structured.vocabulary import Vocabulary, llguidance_tokenizer
 
 MAX_SECONDS = 10.0
@@ -26,10 +28,13 @@ START_SECONDS = 60.0  # for the process and its trie of tokens
 
 @dataclasses.dataclass(slots=True)
 class Verdict:
-    """What became of a grammar: its text for llguidance, or why it is refused."""
+    """What became of a grammar: its text for llguidance, or why it is refused; and the part of it at fault, where that
+    has a name of its own, with its value."""
 
     grammar: str = ""
     error: str = ""
+    field: str = ""
+    value: str = ""
 
 
 class SandboxError(Exception):
@@ -113,20 +118,33 @@ def _limit_time() -> None:
 
 
 def _verdict(tokenizer, params: StructuredOutputsParams) -> Verdict:
-    import llguidance
-
     try:
         grammar = to_llguidance(params)
     except InvalidRequestError as error:
-        return Verdict(error=error.limit)
+        named = "" if error.field.startswith("structured_outputs") else error.field
+        return Verdict(error=error.limit, field=named, value=repr(error.value))
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError) as error:
         return Verdict(error=str(error) or type(error).__name__)
+    fault = _error_of(tokenizer, grammar)
+    if not fault:
+        return Verdict(grammar)
+    if params.structural_tag is not None:
+        import llguidance
+
+        for field, schema, prepared in named_schemas(json.loads(params.structural_tag)):
+            if own := _error_of(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(prepared)):
+                return Verdict(error=own, field=field, value=repr(schema))
+    return Verdict(error=fault)
+
+
+def _error_of(tokenizer, grammar: str) -> str:
+    """Why a grammar cannot be used; empty if it can."""
+    import llguidance
+
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
     if not matcher.is_error():
         matcher.compute_bitmask()
-    if matcher.is_error():
-        return Verdict(error=matcher.get_error())
-    return Verdict(grammar)
+    return matcher.get_error() if matcher.is_error() else ""
 
 
 if __name__ == "__main__":

@@ -294,6 +294,35 @@ def test_aborted_while_its_grammar_compiles(engine, monkeypatch):
     assert core._grammars.num_held == 0 and not core._grammars._matchers
 
 
+def test_warm_up_prepares_for_grammars_and_nothing_else_does(checkpoint):
+    with tiny.llm(checkpoint("llama"), max_num_seqs=4, max_num_batched_tokens=16, token_rungs=(4, 16)) as llm:
+        compiler = llm._client._core._grammars._compiler
+        llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+        assert compiler._vocabulary is None and not compiler._idle
+        llm.warm_up()
+        deadline = time.monotonic() + 60
+        while not compiler._idle and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (sandbox,) = compiler._idle
+        assert compiler._vocabulary is not None and llm._client._core.runner.device._masks is not None
+        output = run(llm, [([5, 6], constrained(2))])[0]
+        assert output.outputs[0].text in FORMS[2].choice and compiler._idle == [sandbox]
+
+
+def test_a_model_that_has_no_grammars_warms_up(checkpoint, monkeypatch, caplog):
+    with tiny.llm(checkpoint("llama"), max_num_seqs=1, max_num_batched_tokens=4, token_rungs=(4,)) as llm:
+        compiler = llm._client._core._grammars._compiler
+
+        def fails():
+            raise AssertionError("no bytes")
+
+        monkeypatch.setattr(compiler, "_load_vocabulary", fails)
+        llm.warm_up()
+        compiler._pool.submit(lambda: None).result(timeout=60)
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=2))[0].outputs[0].token_ids
+        assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
 def test_a_held_step_overlaps(engine, monkeypatch):
     """The forward pass of a step under a grammar is launched before the step before it is read."""
     llm = engine()

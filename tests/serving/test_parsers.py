@@ -143,19 +143,6 @@ def test_no_code_is_run():
         assert not calls(events) and content(events) == text
 
 
-@pytest.mark.parametrize("name", sorted(PARSERS))
-def test_a_forced_beginning_goes_on(name):
-    parser = PARSERS[name]()
-    named = TextParser(None, parser, parser.forced("f"))
-    rest = "a=1)]" if "pythonic" in name else '{"a": 1}}'
-    events = joined(named.feed(rest[:3]) + named.feed(rest[3:]) + named.finish())
-    assert calls(events) == [("f", {"a": 1})] and not content(events).strip("]")
-    anyone = PARSERS[name]()
-    rest = "g(a=1)]" if "pythonic" in name else 'g", "arguments": {"a": 1}}'
-    events = parse(TextParser(None, anyone, anyone.forced(None)), rest)
-    assert calls(events) == [("g", {"a": 1})]
-
-
 PIECES = [
     "<tool_call>",
     "</tool_call>",

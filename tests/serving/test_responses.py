@@ -98,7 +98,7 @@ def test_logprobs(server):
 REFUSED = [
     ({"input": "a", "previous_response_id": "x"}, "previous_response_id", "stored"),
     ({"input": "a", "store": True}, "store", "stored"),
-    ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format", "structured"),
+    ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format", "needs name and schema"),
     ({"input": "a", "nonsense": 1}, "nonsense", "unknown field"),
     ({"input": []}, "input", "at least 1"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),

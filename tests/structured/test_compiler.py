@@ -44,7 +44,7 @@ def deep(depth: int) -> str:
         ({"json": False}, ""),
         ({"json": deep(500)}, "recursion"),
         ({"structural_tag": '{"structures": [], "triggers": []}'}, "at least one structure"),
-        ({"structural_tag": '{"type": "structural_tag", "format": {}}'}, "'structures' and 'triggers'"),
+        ({"structural_tag": '{"type": "structural_tag", "format": {}}'}, "type None is none of const_string"),
     ],
     ids=lambda value: str(value)[:60],
 )

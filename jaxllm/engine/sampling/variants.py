@@ -47,11 +47,12 @@ class SamplerVariant:
 GREEDY = SamplerVariant()
 RANDOM = SamplerVariant(random=True)
 FILTERS = SamplerVariant(random=True, filters=True)
-MASKED = SamplerVariant(random=True, filters=True, masked=True)
+MASKED = SamplerVariant(random=True, masked=True)  # a grammar in the batch does not make it filter
+MASKED_FILTERS = SamplerVariant(random=True, filters=True, masked=True)
 EVERYTHING = SamplerVariant(random=True, filters=True, adjust=True, num_logprobs=MAX_LOGPROBS)
 MASKED_EVERYTHING = dataclasses.replace(EVERYTHING, masked=True)
 
-VARIANTS = (GREEDY, RANDOM, FILTERS, MASKED, EVERYTHING, MASKED_EVERYTHING)
+VARIANTS = (GREEDY, RANDOM, MASKED, FILTERS, MASKED_FILTERS, EVERYTHING, MASKED_EVERYTHING)
 """The ladder that is compiled ahead of time; together they serve every batch."""
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from jaxllm.serving.protocol.common import Refusal, Sampling, Strict, Text
+from jaxllm.serving.protocol.base import Refusal, Strict, Text
+from jaxllm.serving.protocol.common import Sampling
 from jaxllm.serving.protocol.tools import Tool, ToolCall, ToolChoice
 
 _PART = {

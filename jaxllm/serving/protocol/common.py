@@ -1,41 +1,12 @@
-"""What requests share: strict models, fields refused by name, and the fields of sampling."""
+"""What requests that generate share: the fields of sampling."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-
-class Refusal:
-    """Why a field that clients know is not honoured, and the values that ask for nothing and pass; null always does."""
-
-    def __init__(self, why: str, *neutral: Any):
-        self.why, self.neutral = why, neutral
-
-
-class Strict(BaseModel):
-    """A JSON object whose fields have JSON's own types; a field that is not declared is refused by name.
-
-    REFUSED: fields that are known but not honoured.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    REFUSED: ClassVar[Mapping[str, Refusal]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        known = [(owner, name) for owner in cls.__mro__ for name in getattr(owner, "__dict__", {}).get("REFUSED", ())]
-        left = dict(data)
-        for owner, name in known:
-            if name in left:
-                value, entry = left.pop(name), owner.__dict__["REFUSED"][name]
-                if value is not None and not any(type(value) is type(item) and value == item for item in entry.neutral):
-                    raise PydanticCustomError("unsupported", "{why}", {"why": entry.why, "field": name, "value": value})
-        return left
+from jaxllm.serving.protocol.base import Refusal, Strict
+from jaxllm.serving.protocol.structure import ResponseFormat, StructuredOutputs
 
 
 def _stop(value: Any) -> Any:
@@ -63,8 +34,6 @@ _BIAS_SCHEMA = {"anyOf": [{"type": "object", "additionalProperties": {"type": "n
 LogitBias = Annotated[Any, BeforeValidator(_biases), WithJsonSchema(_BIAS_SCHEMA)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-
-NO_GRAMMAR = "structured outputs are not supported by this engine"
 
 
 class StreamOptions(Strict):
@@ -102,6 +71,7 @@ class Generating(Strict):
     spaces_between_special_tokens: bool | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
@@ -114,6 +84,7 @@ class Sampling(Generating):
     max_tokens: Count | None = None
     logit_bias: LogitBias = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     # vLLM's
     prompt_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -123,26 +94,13 @@ class Sampling(Generating):
     return_tokens_as_token_ids: bool | None = None
 
     REFUSED: ClassVar = {
-        "response_format": Refusal(NO_GRAMMAR, {"type": "text"}),
-        "structured_outputs": Refusal(NO_GRAMMAR),
-        "guided_json": Refusal(NO_GRAMMAR),
-        "guided_regex": Refusal(NO_GRAMMAR),
-        "guided_choice": Refusal(NO_GRAMMAR),
-        "guided_grammar": Refusal(NO_GRAMMAR),
+        **{
+            f"guided_{name}": Refusal(f"vLLM 0.12 has removed it; use structured_outputs={{{name!r}: ...}}")
+            for name in ("json", "regex", "choice", "grammar", "whitespace_pattern")
+        },
+        "guided_decoding_backend": Refusal("there is one backend"),
         "use_beam_search": Refusal("beam search is offline only: LLM.beam_search", False),
         "length_penalty": Refusal("belongs to beam search", 1.0, 1),
         "logits_processors": Refusal("no code of requests is run"),
         "kv_transfer_params": Refusal("there is no transfer of caches"),
     }
-
-
-def text_of(value: Any) -> str:
-    """A string that can be encoded; pydantic's own check lets half surrogate pairs pass in some places."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", "must be valid Unicode") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(text_of)]

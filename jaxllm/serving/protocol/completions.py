@@ -5,7 +5,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from jaxllm.serving.protocol.common import Refusal, Sampling
+from jaxllm.serving.protocol.base import Refusal
+from jaxllm.serving.protocol.common import Sampling
 
 PROMPT_SCHEMA = {
     "anyOf": [

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from jaxllm.serving.protocol.common import Refusal, Strict
+from jaxllm.serving.protocol.base import Refusal, Strict
 from jaxllm.serving.protocol.completions import PROMPT_SCHEMA, prompts
 
 

@@ -5,8 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from jaxllm.serving.protocol.base import Refusal, Strict, Text
 from jaxllm.serving.protocol.chat import ChatMessage, ChatRequest, Content
-from jaxllm.serving.protocol.common import NO_GRAMMAR, Count, Generating, Refusal, Strict, Text
+from jaxllm.serving.protocol.common import Count, Generating
+from jaxllm.serving.protocol.structure import TextFormat
 from jaxllm.serving.protocol.tools import Function, FunctionCall, Name, Tool, ToolCall, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
@@ -97,7 +99,7 @@ class ResponseTool(Strict):
     name: Name
     description: Text | None = None
     parameters: dict[str, Any] | None = None
-    REFUSED: ClassVar = {"strict": Refusal(NO_GRAMMAR, False)}
+    strict: bool | None = None
 
 
 class Reasoning(Strict):
@@ -113,10 +115,8 @@ class Reasoning(Strict):
 class TextOptions(Strict):
     """`text`."""
 
-    REFUSED: ClassVar = {
-        "format": Refusal(NO_GRAMMAR, {"type": "text"}),
-        "verbosity": Refusal("is not supported", "medium"),
-    }
+    format: TextFormat | None = None
+    REFUSED: ClassVar = {"verbosity": Refusal("is not supported", "medium")}
 
 
 class ResponsesRequest(Generating):
@@ -162,6 +162,7 @@ class ResponsesRequest(Generating):
             messages=self.messages(),
             tools=tools or None,
             max_completion_tokens=self.max_output_tokens,
+            response_format=self.text.format.response_format() if self.text is not None and self.text.format else None,
             logprobs=logprobs,
             top_logprobs=self.top_logprobs if logprobs else None,
             reasoning_effort=self.reasoning.effort if self.reasoning is not None else None,

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from jaxllm.serving.protocol.base import Strict, Text
 from jaxllm.serving.protocol.chat import ChatMessage
-from jaxllm.serving.protocol.common import Strict, Text
 from jaxllm.serving.protocol.tools import Tool
 
 

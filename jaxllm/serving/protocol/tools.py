@@ -1,24 +1,22 @@
 """Tools that the model may call, and the calls that it made."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from jaxllm.serving.protocol.common import NO_GRAMMAR, Refusal, Strict, Text
+from jaxllm.serving.protocol.base import Strict, Text
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.\-]+$")]
 
 
 class Function(Strict):
-    """A function that the model may call; `parameters` is its JSON schema."""
+    """A function that the model may call; `parameters` is its JSON schema, which calls have to fit if `strict`."""
 
     name: Name
     description: Text | None = None
     parameters: dict[str, Any] | None = None
-    REFUSED: ClassVar = {
-        "strict": Refusal(NO_GRAMMAR, False),
-    }
+    strict: bool | None = None
 
 
 class Tool(Strict):

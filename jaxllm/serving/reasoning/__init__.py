@@ -21,6 +21,8 @@ class ReasoningStyle:
     open: bool = False
 
 
+Stage = Literal["before", "inside", "after"]  # of the reasoning
+
 STYLES = {
     "deepseek_r1": ReasoningStyle("<think>", "</think>", open=True),
     "qwen3": ReasoningStyle("<think>", "</think>"),
@@ -42,6 +44,14 @@ def reasoning_style(name: str) -> ReasoningStyle:
     return STYLES[name]
 
 
+def first_stage(style: ReasoningStyle, prompt: str) -> Stage:
+    """Where an answer begins, by the end of its prompt."""
+    tail = prompt[-200:].rstrip()
+    if tail.endswith(style.end):
+        return "after"
+    return "inside" if tail.endswith(style.start) or style.open else "before"
+
+
 class ReasoningParser:
     """One answer's text, parted into reasoning and content.
 
@@ -51,14 +61,9 @@ class ReasoningParser:
     """
 
     def __init__(self, style: ReasoningStyle, prompt: str):
-        self._state: Literal["before", "inside", "after"] = "before"
+        self._state = first_stage(style, prompt)
         self._start = style.start
         self._scanner = MarkerScanner(style.start, style.end)
-        tail = prompt[-200:].rstrip()
-        if tail.endswith(style.end):
-            self._state = "after"
-        elif tail.endswith(style.start) or style.open:
-            self._state = "inside"
         self._thought = Trimmed()
         self._lead = self._state == "after" or self._state == "inside"  # white space before the content is dropped
         self._space: list[str] = []  # before a start marker that may yet come

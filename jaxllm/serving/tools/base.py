@@ -1,8 +1,25 @@
 """What parsers of tool calls have in common."""
 
+import dataclasses
+import json
 import uuid
+from collections.abc import Sequence
 
+from jaxllm.serving.forms import Form, Mark, const, sequence
 from jaxllm.serving.parsing import CallStart, Content, Event
+
+
+@dataclasses.dataclass(frozen=True)
+class CallableTool:
+    """A function that may be called, and the form of its arguments, JSON."""
+
+    name: str
+    arguments: Form
+
+
+def json_call(tool: CallableTool, key: str) -> Form:
+    """{"name": …, KEY: …}"""
+    return sequence(const(f'{{"name": {json.dumps(tool.name)}, "{key}": '), tool.arguments, const("}"))
 
 
 class ToolParser:
@@ -12,9 +29,11 @@ class ToolParser:
 
     Attributes:
       special_tokens: whether the format is written with special tokens, which then must not be skipped.
+      markers: what is a special token of some models only.
     """
 
     special_tokens = False
+    markers: Sequence[str] = ()
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -64,7 +83,17 @@ class ToolParser:
         """A new call's id."""
         return f"call_{uuid.uuid4().hex[:24]}"
 
-    @staticmethod
-    def forced(name: str | None) -> str:
-        """The beginning of an answer that calls a function: the one of that name, or any. It goes into the prompt."""
-        raise NotImplementedError
+    @classmethod
+    def calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form | None:
+        """The form of an answer that is a call of one of the tools, or (many) several; None if no grammar has it."""
+        return None
+
+    @classmethod
+    def text_and_calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form | None:
+        """The form of an answer in which the model may call the tools, or not; None if no grammar has it."""
+        return None
+
+    @classmethod
+    def calls_or(cls, answer: Form, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form | None:
+        """The form of an answer that is either calls or of another form; None if they cannot be told apart."""
+        return None

@@ -1,9 +1,10 @@
 """Hermes, Qwen 2.5 and Qwen 3: <tool_call>{"name": …, "arguments": {…}}</tool_call>."""
 
-import json
+from collections.abc import Sequence
 
+from jaxllm.serving.forms import Form, Mark, const, either, separated, sequence, tag, triggered
 from jaxllm.serving.parsing import Content, Event, MarkerScanner
-from jaxllm.serving.tools.base import ToolParser
+from jaxllm.serving.tools.base import CallableTool, ToolParser, json_call
 from jaxllm.serving.tools.json_scan import CallScanner
 
 START, END = "<tool_call>", "</tool_call>"
@@ -11,6 +12,8 @@ START, END = "<tool_call>", "</tool_call>"
 
 class HermesParser(ToolParser):
     """See the module."""
+
+    markers = (START, END)
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +53,21 @@ class HermesParser(ToolParser):
         if held:
             events.append(Content(held))
 
-    @staticmethod
-    def forced(name: str | None) -> str:
-        return f'{START}\n{{"name": ' + ('"' if name is None else f'{json.dumps(name)}, "arguments": ')
+    @classmethod
+    def calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        return separated(either(_calls(tools, mark)), "\n", many)
+
+    @classmethod
+    def text_and_calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        return triggered(mark(START), _calls(tools, mark), stop_after_first=not many)
+
+    @classmethod
+    def calls_or(cls, answer: Form, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        return either([cls.calls(tools, mark, many), answer])
+
+
+def _calls(tools: Sequence[CallableTool], mark: Mark) -> list[Form]:
+    """A call of each."""
+    return [
+        tag(mark(START), sequence(const("\n"), json_call(tool, "arguments"), const("\n")), mark(END)) for tool in tools
+    ]

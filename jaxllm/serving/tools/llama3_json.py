@@ -1,13 +1,15 @@
 """Llama 3.1 and later: the answer is {"name": …, "parameters": {…}}, or several with ";" between them."""
 
-import json
+from collections.abc import Sequence
 
+from jaxllm.serving.forms import Form, Mark, either, optional, regex, separated, sequence
 from jaxllm.serving.parsing import Content, Event
-from jaxllm.serving.tools.base import ToolParser
+from jaxllm.serving.tools.base import CallableTool, ToolParser, json_call
 from jaxllm.serving.tools.json_scan import SPACE, CallScanner
 
 TAG = "<|python_tag|>"
 LONGEST_LEAD = 64  # characters before an object
+NO_CALL = r"\s*(?:[^\s{<](?s:.*)|<(?:[^|](?s:.*))?)?"  # text that begins neither with an object nor with the tag
 
 
 class Llama3JsonParser(ToolParser):
@@ -50,9 +52,13 @@ class Llama3JsonParser(ToolParser):
         if self._between and not self._plain:
             events.append(Content(self._between if not self._index else self._between.strip(SPACE + ";")))
 
-    @staticmethod
-    def forced(name: str | None) -> str:
-        return '{"name": ' + ('"' if name is None else f'{json.dumps(name)}, "parameters": ')
+    @classmethod
+    def calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        return separated(either([json_call(tool, "parameters") for tool in tools]), "; ", many)
+
+    @classmethod
+    def text_and_calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        return either([sequence(optional(mark(TAG)), cls.calls(tools, mark, many)), regex(NO_CALL)])
 
 
 def _may_begin(lead: str) -> bool:

@@ -1,11 +1,12 @@
 """Mistral: [TOOL_CALLS] and an array of {"name", "arguments"}; since v11 [TOOL_CALLS]name{…} or name[ARGS]{…}."""
 
-import json
 import secrets
 import string
+from collections.abc import Sequence
 
+from jaxllm.serving.forms import Form, Mark, const, either, separated, sequence, tag, triggered
 from jaxllm.serving.parsing import CallArguments, CallStart, Content, Event, MarkerScanner
-from jaxllm.serving.tools.base import ToolParser
+from jaxllm.serving.tools.base import CallableTool, ToolParser, json_call
 from jaxllm.serving.tools.json_scan import SPACE, CallScanner, ValueScanner
 
 START, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -106,6 +107,31 @@ class MistralParser(ToolParser):
         """Nine letters and digits: Mistral's templates refuse others."""
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
-    @staticmethod
-    def forced(name: str | None) -> str:
-        return f'{START}[{{"name": ' + ('"' if name is None else f'{json.dumps(name)}, "arguments": ')
+    @classmethod
+    def calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        named = _named_calls(tools, mark)
+        return tag(mark(START), _array(tools, many)) if named is None else separated(either(named), "", many)
+
+    @classmethod
+    def text_and_calls(cls, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        named = _named_calls(tools, mark)
+        if named is None:
+            return triggered(mark(START), [tag(mark(START), _array(tools, many))], stop_after_first=True)
+        return triggered(mark(START), named, stop_after_first=not many)
+
+    @classmethod
+    def calls_or(cls, answer: Form, tools: Sequence[CallableTool], mark: Mark, many: bool) -> Form:
+        return either([cls.calls(tools, mark, many), answer])
+
+
+def _array(tools: Sequence[CallableTool], many: bool) -> Form:
+    call = either([json_call(tool, "arguments") for tool in tools])
+    return sequence(const("["), separated(call, ", ", many), const("]"))
+
+
+def _named_calls(tools: Sequence[CallableTool], mark: Mark) -> list[Form] | None:
+    """A call of each as since v11, whose tokenizers have a token between name and arguments; None for others."""
+    between = mark(ARGS)
+    if between["type"] != "token":
+        return None
+    return [tag(mark(START), sequence(const(tool.name), between, tool.arguments)) for tool in tools]

@@ -109,10 +109,6 @@ class PythonicParser(ToolParser):
             self._pieces = []
         self._give_up(events)
 
-    @staticmethod
-    def forced(name: str | None) -> str:
-        return "[" if name is None else f"[{name}("
-
 
 def _read(text: str) -> tuple[str, str] | None:
     """A call's name and its arguments as JSON text; None if it is no call with literal keyword arguments."""

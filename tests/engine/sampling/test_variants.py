@@ -59,6 +59,7 @@ def test_the_ladder_covers_everything_and_itself():
             assert cover(need).serves(need) and cover(need).masked == masked
     for variant in VARIANTS:
         assert cover(variant) == variant
+    assert not cover(SamplerVariant(random=True, masked=True)).filters  # its neighbours would pay for it
     assert [v.cost for v in VARIANTS] == sorted(v.cost for v in VARIANTS)
     assert cover(GREEDY, [EVERYTHING, FILTERS]) == FILTERS
     with pytest.raises(LookupError):
