@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""What requests under a grammar cost their neighbours: tokens/s of the free half of a batch, beside the other half under
-a grammar and beside the same half without one.
+"""What requests under a grammar cost their neighbours: tokens/s of the free half of a batch, beside the other half
+under a grammar and beside the same half without one.
 
     python scripts/bench_structured.py smollm2 --requests 64 --tokens 64 --rounds 5
 
@@ -79,8 +79,8 @@ def main(
                 found = {formed: await speed(llm, requests, tokens, formed, 1000 * at) for formed in order}
                 ratios.append(found[True] / found[False])
                 print(
-                    f"round {at + 1}: free requests make {found[False]:.2f} tokens/s each; beside {requests // 2} under a "
-                    f"grammar {found[True]:.2f}, {100 * ratios[-1]:.1f} %; load {os.getloadavg()[0]:.1f}"
+                    f"round {at + 1}: free requests make {found[False]:.2f} tokens/s each; beside {requests // 2} under "
+                    f"a grammar {found[True]:.2f}, {100 * ratios[-1]:.1f} %; load {os.getloadavg()[0]:.1f}"
                 )
             stats = await llm.stats()
             print(f"late compilations: {stats['late_compilations']}")

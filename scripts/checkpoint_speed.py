@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast a model's weights load, from safetensors and from what `jaxllm convert` made of them, beside the disk's speed:
+"""How fast a model's weights load, from safetensors and from what `jaxllm convert` made of them, beside the disk:
 
     jaxllm convert MODEL CONVERTED
     scripts/checkpoint_speed.py MODEL CONVERTED [--dtype bfloat16] [--rounds 3]

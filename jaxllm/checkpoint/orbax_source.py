@@ -115,12 +115,12 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
         path = self.path / MANIFEST
         content = read_json(path)
         if content.get("format", FORMAT) != FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']!r}; jaxllm reads format {FORMAT}: convert it anew")
+            raise CheckpointError(
+                f"{path}: format {content['format']!r}; jaxllm reads format {FORMAT}: convert it anew"
+            )
         if content.pop("crc32", None) != _crc32_of_content(content):
             raise CheckpointError(f"{path}: altered: its checksum does not fit")
-        arrays = {
-            name: StoredArray(tuple(shape), _DTYPES[dtype]) for name, (shape, dtype) in content["arrays"].items()
-        }
+        arrays = {name: StoredArray(tuple(shape), _DTYPES[dtype]) for name, (shape, dtype) in content["arrays"].items()}
         return arrays, {name: StoredFile(*entry) for name, entry in content["files"].items()}
 
     def verify(self, *, share: int = 0, shares: int = 1, threads: int | None = None) -> None:
@@ -196,5 +196,9 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
 def stored_files(path: Path) -> Iterator[Path]:
     """What a converted checkpoint takes over from a Hugging Face directory: configuration, tokenizer and templates."""
     for found in sorted(path.iterdir()):
-        if found.is_file() and found.suffix in (".json", ".jinja", ".model", ".txt") and not found.name.endswith(".index.json"):
+        if (
+            found.is_file()
+            and found.suffix in (".json", ".jinja", ".model", ".txt")
+            and not found.name.endswith(".index.json")
+        ):
             yield found

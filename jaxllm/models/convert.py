@@ -37,8 +37,8 @@ def convert(checkpoint: Checkpoint, directory: Path) -> None:
     """
     if not isinstance(checkpoint, SafetensorsCheckpoint):
         raise UnsupportedModelError(
-            f"{checkpoint.path}: only Hugging Face directories with safetensors are converted; a GGUF file's tensors are "
-            "quantized, and an Orbax checkpoint is converted already"
+            f"{checkpoint.path}: only Hugging Face directories with safetensors are converted; a GGUF file's tensors "
+            "are quantized, and an Orbax checkpoint is converted already"
         )
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ConfigError(f"directory={str(directory)!r}: exists")
