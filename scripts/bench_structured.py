@@ -79,8 +79,8 @@ def main(
                 found = {formed: await speed(llm, requests, tokens, formed, 1000 * at) for formed in order}
                 ratios.append(found[True] / found[False])
                 print(
-                    f"round {at + 1}: free requests make {found[False]:.2f} tokens/s each; beside {requests // 2} under "
-                    f"a grammar {found[True]:.2f}, {100 * ratios[-1]:.1f} %; load {os.getloadavg()[0]:.1f}"
+                    f"round {at + 1}: free requests make {found[False]:.2f} tokens/s each; beside {requests // 2} "
+                    f"under a grammar {found[True]:.2f}, {100 * ratios[-1]:.1f} %; load {os.getloadavg()[0]:.1f}"
                 )
             stats = await llm.stats()
             print(f"late compilations: {stats['late_compilations']}")
