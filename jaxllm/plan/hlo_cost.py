@@ -343,6 +343,8 @@ def copies(module: Module, parameters: Collection[int]) -> list[str]:
 def _copies_of(module: Module, inside: Computation, name: str, elements: int) -> Iterator[str]:
     for user, index in inside.users[name]:
         results = {"copy-start": user.shapes[:1], "slice-start": user.shapes[1:2]}.get(user.opcode, user.shapes)
+        if user.opcode in ("call-start", "async-start"):  # operands come first
+            results = user.shapes[len(user.operands) :]
         same = any(shape.elements == elements for shape in results)
         if user.opcode in ("bitcast", "get-tuple-element", "custom-call") or _is_update(module, user, index):
             if same:  # the same array under another name, or changed in place

@@ -18,7 +18,7 @@ from tests.tpu_topology import compiling_for, makers_of
 LAYERS = 2
 LLAMA, LLAMA_4, LLAMA_70B, *QWEN = (dataclasses.replace(case, layers=LAYERS) for case in CASES)
 ALL = (LLAMA, LLAMA_4, LLAMA_70B, *QWEN)
-VMEM = {"v4": 128e6, "v5e": 128e6, "v5p": 64e6, "v6e": 128e6, "tpu7x": 64e6}  # v4: what its cores share
+VMEM = {"v4": 16e6, "v5e": 128e6, "v5p": 64e6, "v6e": 128e6, "tpu7x": 64e6}
 
 
 def slow_but(*quick: Case) -> list:
@@ -54,7 +54,7 @@ def test_decode(case):
     assert sample.bytes < 1.01 * sample.minimum.bytes + 2 * logits
     assert sample.flops < 1.01 * sample.minimum.flops
     assert forward.vmem.keys() == {"ragged_paged_decode"}
-    assert forward.vmem["ragged_paged_decode"] < VMEM[case.chip] / 8  # XLA fetches weights into the rest
+    assert forward.vmem["ragged_paged_decode"] < VMEM[case.chip] / 5  # XLA fetches weights into the rest
 
 
 @pytest.mark.parametrize("case", slow_but(QWEN[1]), ids=str)
