@@ -6,14 +6,22 @@
 The server runs in a process of its own with `jaxllm.bench.stub_engine`, everything else as in `jaxllm serve`: AsyncLLM,
 detokenizer, metrics, HTTP. The client, here, only counts. Figures: tokens and events a second over the time from the
 first to the last byte of all streams, and the server's processor time for a token.
+
+    python scripts/serving_cost.py --streams 1
+
+sends one request after the other, to an engine that takes 100 steps a second unless --rate says otherwise, the first
+one at once. Figures: from the moment the request is sent to its first token, and from the moment the engine brings a
+token to its arrival here.
 """
 
 import asyncio
+import bisect
 import contextlib
 import json
 import multiprocessing
 import os
 import re
+import statistics
 import time
 from multiprocessing.connection import Connection
 from typing import Annotated
@@ -45,14 +53,15 @@ def server(port: Connection, tokens: int, streams: int, rate: float | None, prof
             tokenizer, lambda _: reply, max_num_seqs=streams, steps_per_second=rate, max_model_len=1 << 20
         )
         async with AsyncLLM(engine=engine) as llm:
-            engine.client.loop = asyncio.get_running_loop()  # type: ignore[attr-defined]
+            if streams > 1:
+                engine.client.loop = asyncio.get_running_loop()  # type: ignore[attr-defined]
             services = make_services(llm, config)
             with contextlib.closing(bind(config)) as bound:
                 work = asyncio.ensure_future(run(services, bound, "stub"))
                 port.send(bound.getsockname()[1])
                 loop = asyncio.get_running_loop()
-                while (await loop.run_in_executor(None, port.recv)) == "time":
-                    port.send(time.process_time())
+                while (asked := await loop.run_in_executor(None, port.recv)) != "end":
+                    port.send(time.process_time() if asked == "time" else engine.client.emitted)  # type: ignore[attr-defined]
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
 
@@ -74,19 +83,25 @@ class Reader(asyncio.Protocol):
     def __init__(self, request: bytes):
         self._request = request
         self.events = 0
+        self.arrivals: list[float] = []  # of data with events in it
+        self.sent = 0.0
         self.begin = self.end = 0.0
         self.tail = b""
         self.done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport) -> None:
         self._transport = transport
+        self.sent = time.perf_counter()
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
         self.begin = self.begin or now
         self.end = now
-        self.events += data.count(b"data: ")
+        events = data.count(b"data: ")
+        self.events += events
+        if events:
+            self.arrivals.append(now)
         self.tail = (self.tail + data)[-600:]
         if b"[DONE]" in self.tail:
             self._transport.close()
@@ -114,6 +129,39 @@ async def load(port: int, streams: int, tokens: int, api: str) -> list[Reader]:
     return readers
 
 
+def median(values: list[float]) -> float:
+    """In milliseconds."""
+    return statistics.median(values) * 1e3
+
+
+async def latencies(port: int, requests: int, tokens: int, rate: float, api: str) -> list[Reader]:
+    """One after the other, each when the engine owes no step to the one before."""
+    readers = []
+    for _ in range(requests):
+        await asyncio.sleep(5 / rate)
+        readers += await load(port, 1, tokens, api)
+    return readers
+
+
+def one_stream(ours: Connection, port: int, tokens: int, rate: float, runs: int, api: str) -> None:
+    """Prints what the server adds to a lone stream's times."""
+    import uvloop
+
+    for _ in range(runs):
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            readers = runner.run(latencies(port, 40, tokens, rate, api))
+        ours.send("emitted")
+        emitted = ours.recv()
+        first = [reader.arrivals[0] - reader.sent for reader in readers]
+        others = [arrival for reader in readers for arrival in reader.arrivals[1:]]
+        added = [arrival - emitted[bisect.bisect(emitted, arrival) - 1] for arrival in others]
+        print(
+            f"{api}, one stream: first token after p50 {median(first):.2f} ms; "
+            f"each other p50 {median(added):.3f} ms p99 {sorted(added)[int(0.99 * len(added))] * 1e3:.2f} ms "
+            f"after the engine ({len(first)} requests, {len(added)} tokens)"
+        )
+
+
 def main(
     streams: Annotated[int, typer.Option(help="concurrent streams")] = 256,
     tokens: Annotated[int, typer.Option(help="tokens of each")] = 400,
@@ -125,13 +173,17 @@ def main(
     """Measures and prints."""
     import uvloop
 
+    if streams == 1:
+        rate, tokens = rate or 100.0, min(tokens, 20)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=server, args=(theirs, tokens, streams, rate, profile), daemon=True)
     process.start()
     port = ours.recv()
     time.sleep(1)
-    for _ in range(runs):
+    if streams == 1:
+        one_stream(ours, port, tokens, rate or 100.0, runs, api)
+    for _ in range(runs if streams > 1 else 0):
         ours.send("time")
         before = ours.recv()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -36,6 +36,7 @@ class StubClient:
     Attributes:
       loop: the reader's event loop; once set, a step is brought only when the one before has been dealt with.
       aborted: ids of requests that were ended from outside.
+      emitted: when each step was brought, on the clock of time.perf_counter.
     """
 
     restarting, num_restarts = False, 0
@@ -50,6 +51,7 @@ class StubClient:
         self.num_steps = 0
         self.loop: asyncio.AbstractEventLoop | None = None
         self.aborted: list[str] = []
+        self.emitted: list[float] = []
 
     def send(self, message: ToCore) -> None:
         with self._lock:
@@ -84,6 +86,7 @@ class StubClient:
     def _step(self) -> StepOutputs:
         """One token for each request."""
         self.num_steps += 1
+        self.emitted.append(time.perf_counter())
         step = StepOutputs([])
         for name, (request, tokens, count) in list(self._live.items()):
             last = count + 1 >= min(len(tokens), request.max_tokens)

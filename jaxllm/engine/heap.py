@@ -13,9 +13,9 @@ from collections.abc import Iterator
 # Containers made, less those freed, before a collection; young collections before one of the next generation. A step of
 # 256 rows keeps about a thousand, which Python's 700 would collect, and with them run JAX's callback, at every step.
 THRESHOLD = (50_000, 20, 20)
-# For a server: a request that is refused may leave some forty containers in cycles, and to free 50,000 takes 0.13 s, in
-# which no stream goes on.
-SERVERS_THRESHOLD = (5000, 20, 20)
+# For a server: a request that fails may leave some forty containers in cycles, and to free 50,000 takes 0.13 s, in
+# which no stream goes on. A hundred streams keep less than this: without such requests there is nothing to collect.
+SERVERS_THRESHOLD = (20_000, 20, 20)
 
 INTERPRETERS_OWN = 1000  # Python freezes a few hundred containers itself when it starts
 
