@@ -20,10 +20,8 @@ _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "m
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
 _LIBRARY_FORMATS = ("duration", "hostname", "ipv4", "uri", "uuid")  # llguidance's own, which are exact
-_REFUSED_FORMATS = (
-    *("idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex"),
-    *("relative-json-pointer", "uri-reference", "uri-template"),
-)
+_REFUSED_FORMATS = {"idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex"}
+_REFUSED_FORMATS |= {"relative-json-pointer", "uri-reference", "uri-template"}
 # Keywords that llguidance lacks, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
