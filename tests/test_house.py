@@ -174,7 +174,7 @@ def test_the_public_names_and_the_console_script_exist():
 
 # --- locks -----------------------------------------------------------------------------------------------------------
 
-EXTRAS = ("dev", "serve", "otel", "cuda13", "tpu", "ray", "bench")
+EXTRAS = ("dev", "serve", "otel", "orbax", "cuda13", "tpu", "ray", "bench")
 
 
 def pyproject() -> dict:

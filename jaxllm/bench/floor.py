@@ -4,8 +4,7 @@ The floor is that of an engine without overhead, whose memory holds every reques
 one go, common prefixes once, then each step gives every unfinished request a token. A step reads weights once, and the
 keys and values of every unfinished request once, those of a common prefix once for all who share it. Each phase takes
 the longer of its bytes over the copy bandwidth and its FLOPs over the GEMM rate. Norms, activations and sampling count
-as nothing. All layers count for all tokens, although what follows the last layer's attention is needed for the last
-token of a chunk alone.
+as nothing. What follows the last layer's attention is needed for sampled rows alone.
 """
 
 import dataclasses
@@ -42,7 +41,8 @@ class ModelCost:
 
     Attributes:
       layer_weights: weights of all layers' projections, all experts included.
-      active_weights: those that one token passes through.
+      active_weights: those that one token passes through; `tail_weights`: of these what follows the last layer's
+        attention.
       head_weights: weights of the logits' projection.
       num_experts, experts_per_token: 0 and 0 for dense models.
       expert_weights: weights of all experts in all layers.
@@ -54,6 +54,7 @@ class ModelCost:
 
     layer_weights: int
     active_weights: int
+    tail_weights: int
     head_weights: int
     num_experts: int
     experts_per_token: int
@@ -80,6 +81,7 @@ class ModelCost:
         return cls(
             layer_weights=layers * (attention + router + mlp * (experts or 1)),
             active_weights=layers * (attention + router + mlp * (per_token or 1)),
+            tail_weights=heads * head_dim * hidden + router + mlp * (per_token or 1),
             head_weights=hf["vocab_size"] * hidden,
             num_experts=experts,
             experts_per_token=per_token,
@@ -110,8 +112,10 @@ class ModelCost:
         return total
 
     def linear(self, num_tokens: int, num_sampled: int) -> Work:
-        """Products with weights: those of all layers for each token, the logits' for each sampled row."""
-        flops = 2 * num_tokens * self.active_weights + 2 * num_sampled * self.head_weights
+        """Products with weights: those of all layers for each token but the tail, which with the logits' is for each
+        sampled row."""
+        body, tail = self.active_weights - self.tail_weights, self.tail_weights + self.head_weights
+        flops = 2 * num_tokens * body + 2 * num_sampled * tail
         return Work(self.weight_bytes(num_tokens), flops)
 
     def prefill_attention(self, spans: Sequence[tuple[int, int]]) -> Work:

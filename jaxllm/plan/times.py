@@ -62,6 +62,7 @@ class Clock:
             whole,
             layer_weights=whole.layer_weights // part,
             active_weights=whole.active_weights // part,
+            tail_weights=whole.tail_weights // part,
             head_weights=whole.head_weights // part,
             expert_weights=whole.expert_weights // part,
             kv_bytes=whole.kv_bytes * self.kv_copies // part,
@@ -91,7 +92,8 @@ class Clock:
         sampled = step.num_sampled_padded or step.num_sampled
         head = cost.head_weights * cost.itemsize
         read = cost.weight_bytes(tokens) - head  # of experts only those touched, each by its share of the rows
-        rows = tokens * cost.active_weights * cost.itemsize / read
+        passed = tokens * (cost.active_weights - cost.tail_weights) + min(sampled, tokens) * cost.tail_weights
+        rows = passed * cost.itemsize / read
         seconds = known.gemm_seconds(rows, read) + known.step_seconds + self._all_reduce(tokens)
         seconds += layers * (known.layer_seconds + (2 * known.all_reduce_seconds if self.tensor > 1 else 0.0))
         seconds += layers * tokens * self.hidden_size * cost.itemsize * known.layer_passes / known.bandwidth
