@@ -65,8 +65,8 @@ async def speed(llm: AsyncLLM, requests: int, tokens: int, formed: bool, seed: i
 
 def processor_seconds(llm: AsyncLLM) -> float:
     """What the engine's process has used so far."""
-    process: Any = llm._client
-    fields = Path(f"/proc/{process._process.pid}/stat").read_text().rpartition(")")[2].split()
+    client: Any = llm._client
+    fields = Path(f"/proc/{client._core.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

@@ -3,7 +3,10 @@
 import concurrent.futures
 import json
 import re
+import threading
+import time
 
+import httpx2
 import pytest
 
 from jaxllm.serving.batch import OutputFile, run_batch
@@ -338,6 +341,25 @@ def test_what_the_grammar_and_the_rest_forbid_together_is_an_error(plain):
     body = dict(messages=HELLO, structured_outputs={"choice": ["the"]}, min_tokens=9, max_tokens=20)
     answer = plain.post("/v1/chat/completions", **body)
     assert answer.status_code == 500 and answer.json()["error"]["code"] == "generation_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_may_leave_while_its_grammar_compiles(plain, monkeypatch, stream):
+    compiler = plain.services.llm._client._core._grammars._compiler
+    compile, let_go = compiler._compile, threading.Event()
+    monkeypatch.setattr(compiler, "_compile", lambda params: (let_go.wait(60), compile(params))[1])
+    body = {"prompt": "the", "structured_outputs": {"regex": f"never{stream}[0-9]"}, "stream": stream}
+    with pytest.raises(httpx2.TimeoutException):
+        plain.http.post("/v1/completions", json=body, timeout=0.5)
+    deadline = time.monotonic() + 30
+    while plain.call(lambda: plain.services.admission.samples) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert plain.call(lambda: plain.services.admission.samples) == 0
+    late = plain.http.post("/v1/completions", json=body | {"stream": False}, headers={"x-request-timeout": "0.3"})
+    assert late.status_code == 504
+    let_go.set()
+    answer = plain.post("/v1/completions", **body | {"stream": False})
+    assert re.fullmatch(f"never{stream}[0-9]", answer.json()["choices"][0]["text"])
 
 
 def test_lines_of_a_batch(plain, tmp_path):
