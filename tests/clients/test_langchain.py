@@ -13,7 +13,7 @@ from langchain_core.prompts import ChatPromptTemplate  # noqa: E402
 from langchain_core.tools import tool  # noqa: E402
 
 from tests.clients.conftest import KEY  # noqa: E402
-from tests.clients.test_openai import ARGUMENTS, CALL, Weather  # noqa: E402
+from tests.clients.test_openai import ARGUMENTS, CALL, PLAIN, Weather  # noqa: E402
 
 
 @tool
@@ -30,7 +30,7 @@ def parrot(servers):
 @pytest.fixture(scope="module")
 def tiny(servers):
     options = dict(base_url=f"{servers.tiny}/v1", api_key=KEY, max_retries=0)
-    return langchain_openai.ChatOpenAI(model="tiny", temperature=0, max_tokens=250, **options)
+    return langchain_openai.ChatOpenAI(model="tiny", temperature=0, max_tokens=250, extra_body=PLAIN, **options)
 
 
 def test_a_chat(parrot):

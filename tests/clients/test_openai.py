@@ -19,6 +19,8 @@ class Weather(BaseModel):
     degrees: int = Field(ge=0, le=40)
 
 
+# No white space, of which a model with random weights writes a lot wherever JSON allows it; 2 ends a text.
+PLAIN = {"allowed_token_ids": [2, *range(3 + ord("!"), 3 + 127)]}
 ARGUMENTS = {"city": "Wien", "degrees": 21}
 CALL = f"<tool_call>\n{json.dumps({'name': 'weather', 'arguments': ARGUMENTS})}\n</tool_call>"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": Weather.model_json_schema()}}
@@ -59,7 +61,12 @@ def test_parse_reads_json_of_a_schema(client, tiny):
     ).choices[0]
     assert parsed.message.parsed == Weather(**ARGUMENTS)
     parsed = tiny.chat.completions.parse(
-        model="tiny", messages=say("The weather?"), response_format=Weather, temperature=0, max_tokens=200
+        model="tiny",
+        messages=say("The weather?"),
+        response_format=Weather,
+        temperature=0,
+        max_tokens=200,
+        extra_body=PLAIN,
     ).choices[0]
     assert isinstance(parsed.message.parsed, Weather) and parsed.finish_reason == "stop"
 
@@ -75,7 +82,7 @@ def test_parse_reads_strict_calls(client):
 @pytest.mark.usefixtures("grammars")
 def test_responses_parse_reads_json_of_a_schema(tiny):
     answer = tiny.responses.parse(
-        model="tiny", input="The weather?", text_format=Weather, temperature=0, max_output_tokens=200
+        model="tiny", input="The weather?", text_format=Weather, temperature=0, max_output_tokens=200, extra_body=PLAIN
     )
     assert isinstance(answer.output_parsed, Weather)
 
@@ -92,7 +99,9 @@ def test_a_loop_of_calls_and_results(client):
 def test_calls_that_the_model_has_to_make(tiny):
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
         options = dict(messages=say("The weather?"), tools=[TOOL], tool_choice=choice, max_tokens=300)
-        answer = tiny.chat.completions.create(model="tiny", temperature=0, **options).choices[0].message
+        answer = (
+            tiny.chat.completions.create(model="tiny", temperature=0, extra_body=PLAIN, **options).choices[0].message
+        )
         Weather.model_validate_json(answer.tool_calls[0].function.arguments)
 
 
