@@ -8,7 +8,7 @@ import pytest
 litellm = pytest.importorskip("litellm", reason="scripts/test_clients runs these")
 
 from tests.clients.conftest import KEY  # noqa: E402
-from tests.clients.test_openai import ARGUMENTS, CALL, TOOL, Weather, say  # noqa: E402
+from tests.clients.test_openai import ARGUMENTS, CALL, LOOSE, PLAIN, TOOL, Weather, say  # noqa: E402
 
 PROVIDERS = ["openai", "hosted_vllm", "litellm_proxy"]
 
@@ -70,7 +70,7 @@ def test_reasoning(parrot):
 @pytest.mark.usefixtures("grammars")
 def test_structured_output(tiny):
     answer = litellm.completion(
-        **tiny, messages=say("The weather?"), response_format=Weather, temperature=0, max_tokens=200
+        **tiny, messages=say("The weather?"), response_format=Weather, temperature=0, max_tokens=200, extra_body=PLAIN
     )
     Weather.model_validate_json(answer.choices[0].message.content)
 
@@ -79,7 +79,13 @@ def test_structured_output(tiny):
 def test_forced_calls(tiny):
     choice = {"type": "function", "function": {"name": "weather"}}
     answer = litellm.completion(
-        **tiny, messages=say("The weather?"), tools=[TOOL], tool_choice=choice, temperature=0, max_tokens=200
+        **tiny,
+        messages=say("The weather?"),
+        tools=[TOOL],
+        tool_choice=choice,
+        temperature=0,
+        max_tokens=200,
+        extra_body=PLAIN,
     )
     Weather.model_validate_json(answer.choices[0].message.tool_calls[0].function.arguments)
 
