@@ -59,11 +59,11 @@ def test_decode(case):
 
 @pytest.mark.parametrize("case", slow_but(QWEN[1]), ids=str)
 def test_prefill(case):
-    """FLOPs within a tenth of what the model needs. Bytes: those of activations, which the model does not need, are a
-    part of docs/tpu.md."""
+    """FLOPs at most a tenth more than the floor, which has all tokens go through all of the last layer; the engine has
+    not. Of bytes, those of activations, see docs/tpu.md."""
     found = measure(Engine(case), prefill_step(1, 2048))
     assert_sound(found)
-    assert found.minimum.flops < found.work.flops < 1.1 * found.minimum.flops
+    assert 0 < found.work.flops < 1.1 * found.minimum.flops
     assert found.minimum.bytes < found.work.bytes
 
 
