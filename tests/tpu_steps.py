@@ -276,8 +276,10 @@ def unnamed(found: Measured) -> list[str]:
     engine = found.engine
     forward: Counter[str] = Counter()
     if engine.case.tensor > 1:
-        sums = 1 + 2 * len(engine.plan.layers)
-        forward[f"all-reduce bf16[{found.step.num_tokens},{engine.model.config.hidden_size}]"] = sums
+        width, slots = engine.model.config.hidden_size, engine.plan.scheduler.max_num_seqs
+        last = found.step.num_tokens if found.step.decodes_only else min(slots, found.step.num_tokens)
+        forward[f"all-reduce bf16[{found.step.num_tokens},{width}]"] += 2 * len(engine.plan.layers) - 1
+        forward[f"all-reduce bf16[{last},{width}]"] += 2  # after its attention the last layer has each row's last token
     gathers = 1 if engine.case.tensor > 1 else 0  # of small ones XLA makes a sum
     wrong = [
         f"{name}: {found.forward.collectives[name]} instead of {forward[name]}"

@@ -59,11 +59,12 @@ def test_decode(case):
 
 @pytest.mark.parametrize("case", slow_but(QWEN[1]), ids=str)
 def test_prefill(case):
-    """FLOPs within a tenth of what the model needs. Bytes: those of activations, which the model does not need, are a
-    part of docs/tpu.md."""
+    """FLOPs within a tenth of the floor, but that the end of the last layer goes over all slots. Of bytes, those of
+    activations, see docs/tpu.md."""
     found = measure(Engine(case), prefill_step(1, 2048))
     assert_sound(found)
-    assert found.minimum.flops < found.work.flops < 1.1 * found.minimum.flops
+    padding = 2 * found.engine.plan.scheduler.max_num_seqs * found.engine.cost.active_weights / LAYERS
+    assert found.minimum.flops < found.work.flops < 1.1 * found.minimum.flops + padding
     assert found.minimum.bytes < found.work.bytes
 
 
