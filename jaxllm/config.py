@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,12 @@ class EngineConfig:
         None, "where compiled steps are kept; None: $JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxllm/xla"
     )
     warm_up: bool = _option(True, "compile all step sizes in the background after the first ones are ready")
+    coordinator_address: str | None = _option(
+        None, "HOST:PORT of process 0 of several, the same for all of them; 'auto' finds it on TPU slices and clusters"
+    )
+    num_processes: int | None = _option(None, "how many processes run the engine; None: found, see coordinator_address")
+    process_id: int | None = _option(None, "this process's number; 0 schedules, the others follow")
+    heartbeat_timeout_seconds: int = _option(30, "seconds without a sign of life after which a process counts as lost")
 
     def __post_init__(self) -> None:
         def need(holds: bool, field: str, limit: str) -> None:
@@ -111,6 +118,30 @@ class EngineConfig:
                 need(listed, field, "must be None or integers of at least 1")
                 need(list(rungs) == sorted(set(rungs)), field, "must be ascending")
                 setattr(self, field, tuple(rungs))
+
+        self._check_processes(need)
+
+    def _check_processes(self, need: Callable[[bool, str, str], None]) -> None:
+        """Of the options for several processes."""
+        need(_whole(self.heartbeat_timeout_seconds), "heartbeat_timeout_seconds", "must be an integer of at least 1")
+        address, count, own = self.coordinator_address, self.num_processes, self.process_id
+        if address is None:
+            for field in ("num_processes", "process_id"):
+                need(getattr(self, field) is None, field, "needs coordinator_address")
+            return
+        host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+        form = host != "" and port.isdecimal() and 0 < int(port) < 65536
+        need(address == "auto" or form, "coordinator_address", "must be HOST:PORT of process 0, or 'auto'")
+        need(count is None or _whole(count), "num_processes", "must be an integer of at least 1")
+        number = own is None or (isinstance(own, int) and not isinstance(own, bool) and own >= 0)
+        need(number, "process_id", "must be an integer of at least 0")
+        if address != "auto":
+            for field in ("num_processes", "process_id"):
+                need(
+                    getattr(self, field) is not None, field, "coordinator_address needs it too, or 'auto' as its value"
+                )
+        if count is not None and own is not None:
+            need(own < count, "process_id", f"must be below num_processes={count}")
 
     @property
     def num_devices(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 Index = tuple[slice, ...]
@@ -26,3 +27,11 @@ def from_parts(shape: Sequence[int], sharding: Sharding, make: Callable[[Index, 
             made[bounds] = make(tuple(slice(start, stop) for start, stop in bounds), device)
         parts.append(jax.device_put(made[bounds], device))
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, parts)
+
+
+def place(value: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """A global array of a value that every process has whole: each sends its own devices their parts. Nothing is said
+    between processes, unlike `jax.device_put`, which compares their values. None is the default device."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_process_local_data(sharding, value, value.shape)

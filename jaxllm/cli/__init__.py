@@ -63,7 +63,8 @@ def _import_engine() -> None:
     with contextlib.suppress(Exception):  # the command imports it again and reports what is wrong
         import jax
 
-        jax.devices()
+        if not any(argument.startswith("--coordinator-address") for argument in sys.argv):
+            jax.devices()  # of several processes: they have to meet before
         import jaxllm.engine.build  # noqa: F401
 
 

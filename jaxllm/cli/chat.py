@@ -32,18 +32,18 @@ def chat(
     defaults = {"max_num_seqs": 1, "warm_up": terminal}
     length = prompt_length((system or "") + (prompt or "")) + 32  # the template's own tokens
     options, progress = {**defaults, **engine}, shows_progress(quiet)
-    llm = open_llm(name or model, options, sampling, prompt_length=length, progress=progress)
-    # None: as long as the context has room
-    conversation = Conversation(llm, sampling_params(llm, {"max_tokens": None, **sampling}), system, quiet)
-    if prompt is not None:
-        conversation.say(prompt, strict=True)
-        return
-    if terminal:
-        import readline  # noqa: F401  # gives input() its line editing and history
+    with open_llm(name or model, options, sampling, prompt_length=length, progress=progress) as llm:
+        # None: as long as the context has room
+        conversation = Conversation(llm, sampling_params(llm, {"max_tokens": None, **sampling}), system, quiet)
+        if prompt is not None:
+            conversation.say(prompt, strict=True)
+            return
+        if terminal:
+            import readline  # noqa: F401  # gives input() its line editing and history
 
-        print(f"{name or model}: {COMMANDS}", file=sys.stderr)
-    while conversation.turn(terminal):
-        pass
+            print(f"{name or model}: {COMMANDS}", file=sys.stderr)
+        while conversation.turn(terminal):
+            pass
 
 
 class Conversation:

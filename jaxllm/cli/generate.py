@@ -38,24 +38,25 @@ def generate(
     sampling = {"max_tokens": 128, **sampling}
     length, longest = prompt_length(prompts[0]), longest_request(prompts, sampling["max_tokens"])
     progress = shows_progress(quiet)
-    llm = open_llm(model, {**defaults, **engine}, sampling, prompt_length=length, longest=longest, progress=progress)
-    params = sampling_params(llm, sampling)
-    ready = since_process_start()
-    if len(prompts) == 1:
-        answer = stream_answer(llm.stream(prompts[0], params))
-        print()
-        speed = answer.speed()
-        if ready is not None:
-            speed += f" ({ready + answer.first_token:.2f} s after the start of the process)"
-        if answer.interrupted:
-            raise SystemExit(130)
-    else:
-        begin = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=progress)
-        seconds = time.perf_counter() - begin
-        for number, output in enumerate(outputs):
-            print(f"{'' if number == 0 else chr(10)}--- {prompts[number]}\n{output.outputs[0].text}")
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        speed = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s"
+    options = {**defaults, **engine}
+    with open_llm(model, options, sampling, prompt_length=length, longest=longest, progress=progress) as llm:
+        params = sampling_params(llm, sampling)
+        ready = since_process_start()
+        if len(prompts) == 1:
+            answer = stream_answer(llm.stream(prompts[0], params))
+            print()
+            speed = answer.speed()
+            if ready is not None:
+                speed += f" ({ready + answer.first_token:.2f} s after the start of the process)"
+            if answer.interrupted:
+                raise SystemExit(130)
+        else:
+            begin = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=progress)
+            seconds = time.perf_counter() - begin
+            for number, output in enumerate(outputs):
+                print(f"{'' if number == 0 else chr(10)}--- {prompts[number]}\n{output.outputs[0].text}")
+            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            speed = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s"
     if not quiet:
         print(speed, file=sys.stderr)

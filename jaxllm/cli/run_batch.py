@@ -32,6 +32,9 @@ def run_batch(
     engine: dict,
 ) -> None:
     """Answer every request of a batch file. Run it again after an interruption, and it does what is missing."""
+    from jaxllm.cli.start import follow_if_asked
+
+    follow_if_asked(model, engine)
     if not input_file.is_file():
         raise ConfigError(f"input_file={str(input_file)!r}: no such file")
     if input_file.resolve() == output_file.resolve():

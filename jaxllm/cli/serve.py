@@ -20,12 +20,14 @@ def serve(
     """Serve a model over HTTP with OpenAI's API and a chat page at /."""
     import uvloop
 
+    from jaxllm.cli.start import follow_if_asked
     from jaxllm.serving.config import ServerConfig
     from jaxllm.serving.log import set_up_logging
     from jaxllm.serving.server import serve as run
 
     config = ServerConfig(**server)
     set_up_logging(config.log_level, config.log_format)
+    follow_if_asked(name or model, engine)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(run(name or model, config, engine))
     raise SystemExit(status)

@@ -53,6 +53,15 @@ def open_llm(
     return LLM(model, expected=Expected(prompt_length, params, longest), progress=progress, **options)
 
 
+def follow_if_asked(model: str, options: dict[str, Any]) -> None:
+    """Where the options make this process follow another's engine it does so, and then ends with SystemExit; commands
+    whose engine runs in a process of its own need not start one."""
+    if options.get("process_id"):
+        from jaxllm.llm import LLM
+
+        LLM(model, **options)
+
+
 def sampling_params(llm: "LLM", given: dict[str, Any]) -> "SamplingParams":
     """The model's default parameters with those that were given over them; greedy if neither says how to sample."""
     import dataclasses

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from sharding import place
+
 COPIES = 8  # arrays of one size that may be alive at once: two steps' and some that the host has yet to let go
 
 
 def reserve(num_bytes: int, everywhere: NamedSharding) -> list[jax.Array]:
     """Leaves COPIES free pieces of `num_bytes` on every device, each between two arrays that are returned and have to
     be kept: a piece whose neighbours are taken keeps its size, and fits best whenever that size is asked for."""
-    arrays = [jax.device_put(np.zeros(num_bytes, np.uint8), everywhere) for _ in range(2 * COPIES + 1)]
+    arrays = [place(np.zeros(num_bytes, np.uint8), everywhere) for _ in range(2 * COPIES + 1)]
     jax.block_until_ready(arrays)
     return arrays[::2]

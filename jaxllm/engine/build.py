@@ -20,9 +20,11 @@ from jaxllm.engine.core import EngineCore
 from jaxllm.engine.device import Device
 from jaxllm.engine.executable_store import ExecutableStore, fingerprint
 from jaxllm.engine.executables import Forward, Lowering, Sample, Stage, row_rungs, smallest_decode
+from jaxllm.engine.group import Follower, Group, Leader, join
 from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
 from jaxllm.engine.runner import Runner, layout_of
 from jaxllm.engine.sampling import cover, variant_for
+from jaxllm.engine.shared_device import SharedDevice, follow
 from jaxllm.engine.step import StepShape
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.models import loader, restore
@@ -79,11 +81,15 @@ def abstract_leaves(model: nnx.Module, mesh: Mesh) -> list[jax.ShapeDtypeStruct]
     ]
 
 
-def _mesh(config: EngineConfig) -> Mesh:
-    if config.num_devices > len(jax.devices()):
-        names = ("data_parallel_size", "tensor_parallel_size")
-        asked = " times ".join(f"{name}={getattr(config, name)}" for name in names if getattr(config, name) > 1)
-        raise ConfigError(f"{asked}: there are {len(jax.devices())} devices")
+def _mesh(config: EngineConfig, group: Group | None) -> Mesh:
+    count = len(jax.devices())
+    if config.num_devices > count or (group is not None and config.num_devices < count):
+        sizes = {name: getattr(config, name) for name in ("data_parallel_size", "tensor_parallel_size")}
+        asked = " times ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or group is not None)
+        if group is None:
+            raise ConfigError(f"{asked}: there are {count} devices")
+        pairs = ", ".join(f"{d} × {count // d}" for d in range(1, count + 1) if count % d == 0)
+        raise ConfigError(f"{asked}: {group.size} processes have {count} devices, and all must be used: {pairs}")
     return make_mesh(data=config.data_parallel_size, tensor=config.tensor_parallel_size)
 
 
@@ -101,9 +107,34 @@ def build_core(
       expected: the first request, whose executables are compiled first.
       progress: show a progress bar of the weights.
 
-    Raises what `open_checkpoint`, `plan_engine` and the loader raise.
+    Of several processes that are to run the engine (`coordinator_address`) all call this. It returns in process 0,
+    whose core schedules; in the others it launches what process 0 launches, and ends with SystemExit when that one
+    closes the engine.
+
+    Raises what `join`, `open_checkpoint`, `plan_engine` and the loader raise; in all processes if in one.
     """
     platform.configure()
+    group = join(config)
+    try:
+        core = _build(config, checkpoint, expected, progress, group)
+        if isinstance(group, Follower):
+            follow(group, core.runner.device)
+    except BaseException as error:
+        if group is not None:
+            group.close(f"{type(error).__name__}: {error}")
+        raise
+    if isinstance(group, Follower):
+        raise SystemExit(0)
+    return core
+
+
+def _build(
+    config: EngineConfig,
+    checkpoint: Checkpoint | None,
+    expected: Expected | None,
+    progress: bool,
+    group: Leader | Follower | None,
+) -> EngineCore:
     use_compilation_cache(config.cache_directory)
     checkpoint = checkpoint or open_checkpoint(config.model, config.revision, weights=config.load_format != "dummy")
     family = model_class(checkpoint.config)
@@ -112,10 +143,15 @@ def build_core(
     parsed = family.parse_config(checkpoint.config)
     if config.max_model_len is None and expected.longest is not None:
         config = dataclasses.replace(config, max_model_len=min(expected.longest, parsed.max_position_embeddings))
+    if group is not None:
+        group.agree_on_options(config)
+        group.agree_on("a config.json", repr(parsed))
     parsed = parsed.for_length(config.max_model_len or parsed.max_position_embeddings)
     model = family(parsed.for_shards(config.tensor_parallel_size), dtype=dtype)
-    plan = plan_engine(config, model)
-    mesh = _mesh(config)
+    mesh = _mesh(config, group)
+    plan = plan_engine(config, model, least=int if group is None else group.least)
+    if group is not None:
+        group.agree_on("sizes", repr(plan))
     shape = StepShape(
         layout_of(plan),
         plan.page_size,
@@ -127,13 +163,17 @@ def build_core(
     lowering = Lowering(shape, plan, abstract_leaves(model, mesh), mesh)
     store = None
     if jax.default_backend() != "cpu":  # where lowering costs seconds
-        name = fingerprint(family.__name__, model.config, plan, shape.layout, mesh.shape)
+        name = fingerprint(family.__name__, model.config, plan, shape.layout, mesh.shape, jax.process_index())
         store = (ExecutableStore(config.cache_directory, name), list(mesh.devices.flat))
     executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)), store=store)
     executables.prepare(first_keys(plan, expected))
     _load(config, model, checkpoint, mesh, progress)
     leaves = jax.tree.leaves(model)
-    runner = Runner(plan, shape, Device(mesh, leaves, executables, lowering), lowering.ranks)
+    parts = (mesh, leaves, executables, lowering)
+    device = SharedDevice(group, *parts) if isinstance(group, Leader) else Device(*parts)
+    if group is not None:
+        group.exchange("loaded")  # process 0 is ready when all are
+    runner = Runner(plan, shape, device, lowering.ranks)
     vocab_size = model.config.vocab_size
 
     def load_vocabulary() -> tuple[Vocabulary, Encode]:

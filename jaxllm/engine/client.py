@@ -137,10 +137,20 @@ class CoreProcess:
                 return False
         except OSError as error:
             raise self._death() from error
-        first = self._receive_one()
-        assert isinstance(first, Ready)
+        first = self._receive_first()
         self.ready = first
         return True
+
+    def _receive_first(self) -> Ready:
+        """Raises SystemExit where the core has followed another process's, which has been closed."""
+        try:
+            first = self._receive_one()
+        except EngineDeadError:
+            if self._process.poll() == 0:
+                raise SystemExit(0) from None
+            raise
+        assert isinstance(first, Ready)
+        return first
 
     def send(self, message: ToCore) -> None:
         """Hands a message over; raises EngineDeadError if nobody is there to take it."""

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxllm.core.batch import Batch
@@ -31,7 +31,7 @@ from jaxllm.engine.messages import (
 from jaxllm.engine.recovery import CulpritSearch
 from jaxllm.engine.results import RowDetail, StepResult, TokenLogprobs
 from jaxllm.engine.runner import Launched, Runner
-from jaxllm.errors import InvalidRequestError, QueueFullError
+from jaxllm.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from jaxllm.structured.compiler import LoadVocabulary
 
 logger = logging.getLogger(__name__)
@@ -218,9 +218,7 @@ class EngineCore:
         keys = warm_up_order(self.runner.plan)
         self._warming_up = True
         try:
-            self.runner.executables.prepare(keys)
-            self.runner.executables.wait()
-            self.runner.executables.seal()
+            self.runner.device.compile(keys)
             self.runner.rehearse()
             if self._grammars is not None:
                 self._grammars.prepare()
@@ -263,7 +261,7 @@ class EngineCore:
             return self._drain()
         if launched is not None and self._warm_up:
             self._warm_up = False  # after the first step has what it needs
-            self.runner.executables.prepare(warm_up_order(self.runner.plan))
+            self.runner.device.prepare(warm_up_order(self.runner.plan))
         previous, self._previous = self._previous, launched
         launched_at, self._launched_at = self._launched_at, now
         if previous is not None:
@@ -294,6 +292,8 @@ class EngineCore:
     def _recover(self, batches: Sequence[Batch | None], error: Exception) -> None:
         """A step has raised, and the caches that it was given are lost: recomputes everything, and finds whose fault it
         was. Raises the error if it is nobody's."""
+        if isinstance(error, EngineDeadError):  # another process is lost
+            raise error
         try:
             culprit = self._search.step_failed(row.request for batch in batches if batch for row in batch.rows)
         except LookupError as reason:
@@ -368,11 +368,15 @@ class EngineCore:
         tokens, self._tokens = self._tokens, []
         return [*others, StepOutputs(outputs, ids, tokens)] if outputs or ids else list(others)
 
+    def watch(self, on_lost: Callable[[Exception], None]) -> None:
+        """See `Device.watch`."""
+        self.runner.device.watch(on_lost)
+
     def close(self) -> None:
         """Stops compiling."""
         if self._grammars is not None:
             self._grammars.close()
-        self.runner.executables.close()
+        self.runner.device.close()
 
 
 def _request(message: AddRequest) -> Request:

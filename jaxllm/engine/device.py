@@ -1,19 +1,21 @@
 """What lives on the device: weights, caches, the slots' state, the sampler's tables; and the executables run on them.
 
-Every method dispatches and returns before the device has finished.
+Launches are dispatched and return before the device has finished; all they take is the host's, so that other processes
+can repeat them (`jaxllm.engine.shared_device`).
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.engine.addresses import reserve
-from jaxllm.engine.compile import Executables
+from jaxllm.engine.compile import Executables, Key
 from jaxllm.engine.executables import (
     SAMPLER_TABLES,
     Forward,
@@ -28,7 +30,7 @@ from jaxllm.engine.executables import (
     WriteMasks,
 )
 from jaxllm.engine.step import SlotState, StepBuffers
-from sharding import replicated, sharded_by_rank
+from sharding import place, replicated, sharded_by_rank, spans_processes
 
 WideLogprobs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -45,39 +47,60 @@ class Device:
     def __init__(self, mesh: Mesh, leaves: list[jax.Array], executables: Executables, lowering: Lowering):
         self.leaves, self.executables, self._lowering = leaves, executables, lowering
         self._by_rank, self._everywhere = sharded_by_rank(mesh), replicated(mesh)
+        self._is_shared = spans_processes(mesh)
         self._has_graphs = mesh.devices.flat[0].platform == "gpu"
         self._reserved: dict[int, list[jax.Array]] = {}  # by size, see `addresses`
-        self.reset()
+        self._make_arrays()
 
     def reset(self) -> None:
-        """Makes the caches and the slots' state, all zeros; what was there and steps under way are lost."""
+        """Makes the caches and the slots' state anew, all zeros; what was there and steps under way are lost."""
+        self._make_arrays()
+
+    def _make_arrays(self) -> None:
         self.caches: list[jax.Array] = []  # the old ones go first
         self.caches = [_zeros(spec) for spec in self._lowering.caches()]
         self._state: SlotState = jax.tree.map(_zeros, self._lowering.state())
         self._history = _zeros(self._lowering.tables()["history"])
         self._packed = _zeros(self._lowering.packed())
         self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers())
+        self._all_hidden: jax.Array | None = None
         self._tables: dict[str, jax.Array] | None = None
         self._masks: jax.Array | None = None
 
-    def forward(self, key: Forward, packed: list[np.ndarray]) -> tuple[StepBuffers, jax.Array | None]:
-        """Runs a step's forward pass over each rank's packed array; what it leaves for the sampler, and all hidden rows
-        if `key` asks for them."""
+    # Compiling
+
+    def prepare(self, keys: Sequence[Key]) -> None:
+        """Queues executables to be compiled."""
+        self.executables.prepare(keys)
+
+    def compile(self, keys: Sequence[Key]) -> None:
+        """Compiles executables and waits for them; what is compiled from then on counts as late."""
+        self.executables.prepare(keys)
+        self.executables.wait()
+        self.executables.seal()
+
+    # Launching
+
+    def forward(self, key: Forward, packed: list[np.ndarray]) -> None:
+        """Runs a step's forward pass over each rank's packed array. What it leaves for the sampler, and all hidden rows
+        if `key` asks for them, stay here until the next one."""
         joined = packed[0] if len(packed) == 1 else np.concatenate(packed)
         self._reserve_for(self._packed)
-        self._packed = self.executables.get(Stage())(self._packed, joined)
+        staged = place(joined, self._by_rank) if self._is_shared else joined
+        self._packed = self.executables.get(Stage())(self._packed, staged)
         run = self.executables.get(key)
-        self.caches, self._state, self._buffers, self._history, hidden = run(
+        self.caches, self._state, self._buffers, self._history, self._all_hidden = run(
             self.leaves, self.caches, self._state, self._buffers, self._history, self._packed
         )
-        return self._buffers, hidden
 
-    def sample(self, key: Sample, buffers: StepBuffers) -> jax.Array:
-        """Samples what a forward pass has left; int32[rows, columns] as `read_rank` reads it."""
+    def sample(self, key: Sample) -> jax.Array:
+        """Samples what the last forward pass has left; int32[rows, columns] as `read_rank` reads it."""
         extra = tuple(self._sampler_tables().values()) if key.variant.adjust else None
         masks = self._mask_table() if key.variant.masked else None
         run = self.executables.get(key)
-        self._history, output = run(self._head, buffers.last_hidden, buffers.rows, self._history, extra, masks)
+        self._history, output = run(
+            self._head, self._buffers.last_hidden, self._buffers.rows, self._history, extra, masks
+        )
         self._reserve_for(output)
         return output
 
@@ -90,25 +113,27 @@ class Device:
         if self._has_graphs and array.nbytes not in self._reserved:
             self._reserved[array.nbytes] = reserve(array.addressable_shards[0].data.nbytes, self._everywhere)
 
-    def wide(self, k: int, hidden: jax.Array, index: np.ndarray, targets: np.ndarray) -> WideLogprobs:
-        """Logprobs of `targets` and of the k most likely tokens at WIDE_ROWS rows `index` of `hidden`."""
+    def wide(self, k: int, of_last: bool, index: np.ndarray, targets: np.ndarray) -> WideLogprobs:
+        """Logprobs of `targets` and of the k most likely tokens at WIDE_ROWS rows `index` of what the last forward pass
+        has left: the last hidden row of each row (by rank and row), or all hidden rows (by rank and token)."""
+        hidden = self._buffers.last_hidden if of_last else self._all_hidden
+        assert hidden is not None, "the last forward pass was not asked for all hidden rows"
         run = self.executables.get(Wide(hidden.shape[0] // self._lowering.ranks, k))
-        index_array, target_array = jax.device_put((index, targets), self._everywhere)
-        return run(self._head, hidden, index_array, target_array)
+        return run(self._head, hidden, *self._placed(self._everywhere, index, targets))
 
-    def pool(self, last_hidden: jax.Array, index: np.ndarray) -> jax.Array:
-        """float32[POOL_ROWS, embed], rows `index` of `last_hidden`: a copy, since the next step takes the buffer."""
-        return self.executables.get(Pool())(last_hidden, jax.device_put(index, self._everywhere))
+    def pool(self, index: np.ndarray) -> jax.Array:
+        """float32[POOL_ROWS, embed], rows `index` of the last hidden rows: a copy, since the next step takes them."""
+        return self.executables.get(Pool())(self._buffers.last_hidden, *self._placed(self._everywhere, index))
 
     def update_pages(self, block: np.ndarray) -> None:
         """block: int32[ranks, G, MANY_UPDATES, 3], page updates beyond those that travel with a step."""
-        updates = jax.device_put(block.reshape(-1, *block.shape[2:]), self._by_rank)
+        updates = place(block.reshape(-1, *block.shape[2:]), self._by_rank)
         page_tables = self.executables.get(UpdatePages())(self._state.page_tables, updates)
         self._state = dataclasses.replace(self._state, page_tables=page_tables)
 
     def upload(self, table: str, slot: int, row: np.ndarray) -> None:
         """Writes one slot's row of a table: "history" or one of SAMPLER_TABLES; slots count over all ranks."""
-        slot_array, row_array = jax.device_put((np.int32(slot), row), self._everywhere)
+        slot_array, row_array = self._placed(self._everywhere, np.asarray(slot, np.int32), row)
         run = self.executables.get(Upload(table))
         if table == "history":
             self._history = run(self._history, slot_array, row_array)
@@ -119,7 +144,7 @@ class Device:
     def write_masks(self, slots: np.ndarray, words: np.ndarray) -> None:
         """Writes grammar masks: slots int32[ranks, M], those past the last are dropped; words int32[ranks, M, W]."""
         block = (slots.reshape(-1), words.reshape(-1, words.shape[2]))
-        slots_array, words_array = jax.device_put(block, self._by_rank)
+        slots_array, words_array = self._placed(self._by_rank, *block)
         run = self.executables.get(WriteMasks(slots.shape[1]))
         self._masks = run(self._mask_table(), slots_array, words_array)
 
@@ -127,7 +152,7 @@ class Device:
         """Made when the first request under a grammar samples."""
         if self._masks is None:
             spec = self._lowering.masks(self._lowering.plan.scheduler.max_num_seqs)
-            self._masks = jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)
+            self._masks = place(np.zeros(spec.shape, spec.dtype), spec.sharding)
         return self._masks
 
     def _sampler_tables(self) -> dict[str, jax.Array]:
@@ -136,26 +161,30 @@ class Device:
             self._tables = dict(zip(SAMPLER_TABLES, self.executables.get(MakeTables())(), strict=True))
         return self._tables
 
-    def rehearse(self, keys: Iterable[Any], idle: list[np.ndarray]) -> None:
-        """Runs those of `keys` that are compiled twice, on no rows: an executable's first runs load its kernels and
-        record its CUDA graph, which no request should wait for.
+    def _placed(self, sharding: NamedSharding, *values: np.ndarray) -> list[jax.Array]:
+        if not self._is_shared:
+            return jax.device_put(list(values), sharding)  # in one go
+        return [place(value, sharding) for value in values]
 
-        idle: each rank's packed array without a row.
-        """
-        ready = [key for key in keys if self.executables.ready(key)]
-        steps = [key for key in ready if isinstance(key, Forward)]
-        for _ in range(2 if steps else 0):
-            for step in steps:
-                buffers, _ = self.forward(step, idle)
-            for key in ready:  # the large tables are made for the first request that needs them
-                if isinstance(key, WriteMasks):
-                    masks = self._lowering.masks(key.num_masks)
-                    words = np.zeros((self._lowering.ranks, key.num_masks, masks.shape[1]), np.int32)
-                    self.write_masks(
-                        np.full(words.shape[:2], self._lowering.plan.scheduler.max_num_seqs, np.int32), words
-                    )
-                elif isinstance(key, Sample) and not key.variant.adjust:
-                    jax.block_until_ready(self.sample(key, buffers))
+    # Reading
+
+    def read(self, *arrays: jax.Array) -> list[np.ndarray]:
+        """Waits for what launches have returned. Raises what the device raised."""
+        return [np.asarray(array) for array in arrays]
+
+    def drain(self) -> None:
+        """Waits for everything under way, whatever becomes of it."""
+        for array in (self._history, *jax.tree.leaves((self._state, self._buffers)), *self.caches):
+            with contextlib.suppress(Exception):  # it has failed, or is lost to a step that has
+                array.block_until_ready()
+
+    def watch(self, on_lost: Callable[[Exception], None]) -> None:
+        """Has it called, by another thread, once the device is lost while nobody uses it; one that is this process's
+        own never is."""
+
+    def close(self) -> None:
+        """Stops compiling."""
+        self.executables.close()
 
     def replace_weights(self, leaves: list[jax.Array]) -> None:
         """New parameters of the same shapes and dtypes, without recompiling. Raises ValueError if they differ."""

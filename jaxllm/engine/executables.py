@@ -27,7 +27,7 @@ from jaxllm.engine.step import (
     write_masks,
 )
 from pallas_kernels.ragged_paged_attention import cache_shape
-from sharding import DATA, TENSOR
+from sharding import DATA, TENSOR, spans_processes
 
 WIDE_ROWS = 64  # rows of logits that a wide-logprobs executable holds at a time
 POOL_ROWS = 64  # last hidden rows that are read at a time
@@ -223,10 +223,11 @@ class Lowering:
         extra = self.sampler_tables() if key.variant.adjust else None
         masks = self.masks(slots) if key.variant.masked else None
         tables = P(DATA) if extra is None else tuple(spec.sharding.spec for spec in extra)
+        everywhere = self.ranks > 1 and spans_processes(self.mesh)  # the process that reads has not all ranks
         run = self._sharded(
-            functools.partial(sample_rows, self.shape, key.variant, key.num_rows),
+            functools.partial(sample_rows, self.shape, key.variant, key.num_rows, DATA if everywhere else None),
             (self._head_specs, P(DATA), P(DATA), P(DATA), tables, P(DATA)),
-            (P(DATA), P(DATA)),
+            (P(DATA), P() if everywhere else P(DATA)),
             donate=(3,),
         )
         rows = self.per_rank((slots, ROW), jnp.int32)

@@ -8,11 +8,29 @@ import sys
 # JAX takes three quarters of an accelerator's memory by default. The engine plans `memory_utilization` of what JAX may
 # use, and cuBLAS, NCCL and executables need some outside.
 MEMORY_FRACTION = "0.95"
+THREADS = 16  # of XLA's pool for CPU devices, at least, where several processes share steps
 
 
 def configure() -> None:
     """Sets what the user's environment has not set."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
+
+
+def configure_group() -> None:
+    """The same for one of several processes; before JAX touches a device."""
+    import jax
+
+    # A collective on CPU devices holds a thread of XLA's pool until all shards have come; with as many threads as a
+    # small machine has cores, those that wait keep those that would come from running.
+    os.environ.setdefault("NPROC", str(max(THREADS, os.cpu_count() or 1)))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Processes that tune kernels in turns would wait for one that finds its executables on disk.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_shard_autotuning" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_shard_autotuning=false".strip()
+    # JAX ends a process by abort when another is lost, and takes SIGTERM for itself.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)
 
 
 def trim_memory() -> None:

@@ -20,13 +20,9 @@ class PoolRead:
     rows: jax.Array
 
 
-def launch_pooling(
-    device: Device, batches: Sequence[Batch | None], last_hidden: jax.Array, num_slots: int
-) -> list[PoolRead]:
-    """Starts to read the last hidden rows of the batch's pooling requests whose prompts end in this step.
-
-    last_hidden: [ranks * num_slots, embed], by rank and row.
-    """
+def launch_pooling(device: Device, batches: Sequence[Batch | None], num_slots: int) -> list[PoolRead]:
+    """Starts to read the last hidden rows of the batch's pooling requests whose prompts end in this step; the device
+    has `num_slots` for each rank."""
     owners = [
         (rank, index)
         for rank, batch in enumerate(batches)
@@ -38,15 +34,15 @@ def launch_pooling(
         part = owners[begin : begin + POOL_ROWS]
         index = np.zeros(POOL_ROWS, np.int32)
         index[: len(part)] = [rank * num_slots + row for rank, row in part]
-        rows = device.pool(last_hidden, index)
+        rows = device.pool(index)
         rows.copy_to_host_async()
         reads.append(PoolRead(part, rows))
     return reads
 
 
-def read_pooling(reads: Sequence[PoolRead], results: Sequence[StepResult]) -> None:
+def read_pooling(device: Device, reads: Sequence[PoolRead], results: Sequence[StepResult]) -> None:
     """Waits for what `launch_pooling` has started and puts it into the rows' details."""
     for read in reads:
-        rows = np.asarray(read.rows)
+        (rows,) = device.read(read.rows)
         for at, (rank, row) in enumerate(read.owners):
             results[rank].detail(row).embedding = rows[at]

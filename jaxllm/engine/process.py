@@ -1,8 +1,10 @@
 """The engine core as a process: `python -m jaxllm.engine.process FD`, where FD is its end of a socket pair."""
 
 import logging
+import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -42,7 +44,10 @@ def serve(connection: Connection) -> None:
     config = msgspec.msgpack.decode(connection.recv_bytes(), type=EngineConfig)
     from jaxllm.engine.build import build_core
 
+    built = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(connection, built), name="parent", daemon=True).start()
     core = build_core(config)
+    built.set()
     heap.freeze()
     connection.send_bytes(encode(core.ready()))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -60,6 +65,7 @@ def serve(connection: Connection) -> None:
             inbox.put(core.prepare(message))
 
     threading.Thread(target=_read, args=(connection, inbox, take_in), name="inbox", daemon=True).start()
+    core.watch(inbox.put)
     try:
         while True:
             while not core.has_work or not inbox.empty():
@@ -73,6 +79,20 @@ def serve(connection: Connection) -> None:
                 send(output)
     finally:
         core.close()
+
+
+def _end_with_parent(connection: Connection, built: threading.Event) -> None:
+    """Ends this process if the parent goes before the core is built; it never is where it follows another's."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as parent:
+        while not built.wait(0.5):
+            try:
+                gone = parent.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            except BlockingIOError:
+                continue
+            except OSError:
+                gone = True
+            if gone:
+                os._exit(1)
 
 
 def _read(connection: Connection, inbox: queue.SimpleQueue, take_in: Callable[[ToCore], None]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -109,8 +110,10 @@ def decode_rungs(config: EngineConfig, max_num_seqs: int, hidden_size: int, on_c
     return config.decode_rungs
 
 
-def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
+def plan_engine(config: EngineConfig, model: CausalLM, least: Callable[[int], int] = int) -> EnginePlan:
     """Decides every size before anything is allocated.
+
+    least: the least of a number over all processes that plan together.
 
     Raises:
       ConfigError: options that do not fit the model or each other.
@@ -127,7 +130,7 @@ def plan_engine(config: EngineConfig, model: CausalLM) -> EnginePlan:
     layers = model.layer_caches()
     weight_bytes = weight_elements(model) * dtype.itemsize
     cache_bytes = config.kv_cache_memory_bytes or (
-        CPU_CACHE_BYTES if on_cpu else _memory_left(config, model, weight_bytes, budget, max_num_seqs, dtype)
+        CPU_CACHE_BYTES if on_cpu else least(_memory_left(config, model, weight_bytes, budget, max_num_seqs, dtype))
     )
     groups = _cache_groups(config, layers, dtype, backend, cache_bytes, max_num_seqs, budget, limit)
     max_model_len = config.max_model_len or _most_that_fits(groups, limit)
@@ -214,7 +217,7 @@ def _check_host_memory(config: EngineConfig, plan: EnginePlan, vocab_size: int) 
     ]
     pages = sum(group.num_pages * size for group, size in zip(plan.groups, page_bytes, strict=True))
     slots = plan.scheduler.max_num_seqs
-    count = min(config.num_devices, len(jax.devices()))
+    count = min(config.num_devices, jax.local_device_count())  # of several processes, this one's part
     tables = memory.table_bytes(slots, vocab_size, plan.scheduler.max_model_len)
     each, available = plan.weight_bytes + pages + tables, host_memory()
     if count * each <= available:

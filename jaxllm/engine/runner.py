@@ -13,7 +13,7 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.compile import Executables
 from jaxllm.engine.device import Device
-from jaxllm.engine.executables import MANY_UPDATES, Forward, Sample, row_rungs, warm_up_order
+from jaxllm.engine.executables import MANY_UPDATES, Forward, Sample, WriteMasks, row_rungs, warm_up_order
 from jaxllm.engine.grammars import StepMasks
 from jaxllm.engine.layout import StepLayout
 from jaxllm.engine.pooling import PoolRead, launch_pooling, read_pooling
@@ -28,11 +28,12 @@ from jaxllm.engine.sampling import (
     bad_words_rows,
     bias_row,
     is_wide,
+    mask_words,
     needs_tables,
     stop_mask_row,
     variant_for,
 )
-from jaxllm.engine.step import StepBuffers, StepShape
+from jaxllm.engine.step import StepShape
 from jaxllm.engine.wide import WideRead, WideSizes, launch_wide, read_wide, scores_prompts
 
 
@@ -44,8 +45,6 @@ class Launched:
     num_tokens: int  # padded
     num_rows: int
     need: int  # see _need_of
-    buffers: StepBuffers | None = None
-    hidden: jax.Array | None = None  # of all tokens, where prompts are scored
     output: jax.Array | None = None
     masks: StepMasks | None = None
     wide: list[WideRead] = dataclasses.field(default_factory=list)
@@ -97,32 +96,31 @@ class Runner:
             self.layout.pack(batch, at, params) for batch, at, params in zip(batches, slots, self._params, strict=True)
         ]
         forward = self._forward_key(batches, all_hidden=bool(need & _WIDE) and scores_prompts(batches))
-        buffers, hidden = self.device.forward(forward, parts)
+        self.device.forward(forward, parts)
         self.num_steps += 1
         self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
         self.num_padded_tokens += forward.num_tokens * self.num_ranks
-        launched = Launched(list(batches), forward.num_tokens, max(map(len, slots)), need, buffers, hidden)
+        launched = Launched(list(batches), forward.num_tokens, max(map(len, slots)), need)
         if not hold:
             self.sample(launched)
         return launched
 
     def sample(self, launched: Launched, masks: StepMasks | None = None) -> None:
         """Samples what a launched step has computed; `masks` are those of its rows under a grammar."""
-        buffers, hidden = launched.buffers, launched.hidden
-        launched.buffers, launched.hidden, launched.masks = None, None, masks
-        assert buffers is not None, "a step samples once"
+        assert launched.output is None, "a step samples once"
+        launched.masks = masks
         if masks is not None:
             self._write_masks(masks)
         key = self._sample_key(launched.num_rows, launched.need)
         launched.num_rows = key.num_rows
-        launched.output = output = self.device.sample(key, buffers)
+        launched.output = output = self.device.sample(key)
         output.copy_to_host_async()
         if launched.need & _WIDE:
             sizes = WideSizes(key.num_rows, self.plan.scheduler.max_num_seqs, launched.num_tokens, self.vocab_size)
-            launched.wide = launch_wide(self.device, launched.batches, buffers, hidden, output, sizes)
+            launched.wide = launch_wide(self.device, launched.batches, output, sizes)
         if launched.need & _POOLING:
             slots = self.plan.scheduler.max_num_seqs
-            launched.pooling = launch_pooling(self.device, launched.batches, buffers.last_hidden, slots)
+            launched.pooling = launch_pooling(self.device, launched.batches, slots)
 
     def _write_masks(self, masks: StepMasks) -> None:
         """Puts a step's masks where the sampler looks for them, padded to a rung of rows."""
@@ -132,9 +130,20 @@ class Runner:
         self.device.write_masks(slots, np.pad(masks.words, ((0, 0), (0, missing), (0, 0))))
 
     def rehearse(self) -> None:
-        """See `Device.rehearse`; for everything that serving may meet."""
+        """Runs steps and samplers that are compiled twice, on no rows: an executable's first runs load its kernels and
+        record its CUDA graph, which no request should wait for."""
         idle = [self.layout.pack(None, np.zeros(0, np.intp), params) for params in self._params]
-        self.device.rehearse(warm_up_order(self.plan), idle)
+        ready = [key for key in warm_up_order(self.plan) if self.executables.ready(key)]
+        steps = [key for key in ready if isinstance(key, Forward)]
+        for _ in range(2 if steps else 0):
+            for step in steps:
+                self.device.forward(step, idle)
+            for key in ready:  # the large tables are made for the first request that needs them
+                if isinstance(key, WriteMasks):
+                    words = np.zeros((self.num_ranks, key.num_masks, mask_words(self.vocab_size)), np.int32)
+                    self.device.write_masks(np.full(words.shape[:2], self.layout.num_slots, np.int32), words)
+                elif isinstance(key, Sample) and not key.variant.adjust:
+                    self.device.read(self.device.sample(key))
 
     def _forward_key(self, batches: Sequence[Batch | None], all_hidden: bool) -> Forward:
         num_tokens = max(batch.num_tokens for batch in batches if batch is not None)
@@ -187,13 +196,14 @@ class Runner:
 
     def read(self, launched: Launched) -> list[StepResult]:
         """Waits for a step; each rank's results. Raises what the device raised."""
-        output = np.asarray(launched.output).reshape(self.num_ranks, launched.num_rows, -1)
+        assert launched.output is not None, "a step is read after it has sampled"
+        output = self.device.read(launched.output)[0].reshape(self.num_ranks, launched.num_rows, -1)
         results = [
             StepResult([], {}) if batch is None else read_rank(output[rank], batch)
             for rank, batch in enumerate(launched.batches)
         ]
-        read_wide(launched.wide, launched.batches, results, launched.masks)
-        read_pooling(launched.pooling, results)
+        read_wide(self.device, launched.wide, launched.batches, results, launched.masks)
+        read_pooling(self.device, launched.pooling, results)
         return results
 
 

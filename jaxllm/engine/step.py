@@ -25,7 +25,7 @@ from jaxllm.engine.sampling import (
 )
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
 from pallas_kernels.ragged_paged_attention import AttentionMetadata
-from sharding import TENSOR, num_shards, shard_start, sum_over
+from sharding import TENSOR, gather_over, num_shards, shard_start, sum_over
 
 POSITION = 4 + 2  # the column of a packed row that the sampler reads as its position
 OUTPUT_COLUMNS = 5  # token, number accepted, logprob, rank, finite
@@ -207,6 +207,7 @@ def sample_rows(
     shape: StepShape,
     variant: SamplerVariant,
     num_rows: int,
+    gather_axis: str | None,
     head: list[jax.Array],
     hidden: jax.Array,
     rows: jax.Array,
@@ -217,6 +218,8 @@ def sample_rows(
     """Samples the first `num_rows` rows and remembers their tokens.
 
     Args:
+      gather_axis: static, the mesh axis of data-parallel ranks whose outputs all of them return, one after another;
+        None: each returns its own.
       head: the parameters of the logits, see `StepShape`.
       hidden: [S, embed], each row's last hidden row.
       rows: int32[S, ROW] from `forward`.
@@ -240,7 +243,10 @@ def sample_rows(
     out = sample(logits, params, slot_tables, in_range, variant, shape.vocab_size, start, axis)
     writes = jnp.where(rows[:, SAMPLES] > 0, slots, shape.layout.num_slots)
     history = history.at[writes, params.position].set(out.tokens[:, 0], mode="drop")
-    return history, pack_output(out)
+    output = pack_output(out)
+    if gather_axis is not None:
+        output = gather_over(output, gather_axis).reshape(-1, output.shape[1])
+    return history, output
 
 
 def pack_output(out: Sampled) -> jax.Array:

@@ -13,7 +13,6 @@ from jaxllm.engine.executables import WIDE_ROWS
 from jaxllm.engine.grammars import StepMasks
 from jaxllm.engine.results import StepResult, TokenLogprobs
 from jaxllm.engine.sampling import MAX_LOGPROBS, is_wide
-from jaxllm.engine.step import StepBuffers
 
 Owner = tuple[int, int, int | None]  # rank, row, position of a prompt's token or None for the sampled one
 
@@ -45,16 +44,8 @@ def scores_prompts(batches: Sequence[Batch | None]) -> bool:
     )
 
 
-def launch_wide(
-    device: Device,
-    batches: Sequence[Batch | None],
-    buffers: StepBuffers,
-    hidden: jax.Array | None,
-    output: jax.Array,
-    sizes: WideSizes,
-) -> list[WideRead]:
-    """Starts the logprobs of the rows that ask for more than the sampler reports. `hidden`: those of all tokens, of a
-    batch with prompts to score."""
+def launch_wide(device: Device, batches: Sequence[Batch | None], output: jax.Array, sizes: WideSizes) -> list[WideRead]:
+    """Starts the logprobs of the rows that ask for more than the sampler reports."""
     sampled: dict[int, list[tuple[Owner, int]]] = {}
     prompts: dict[int, list[tuple[Owner, int, int]]] = {}
     for rank, batch in enumerate(batches):
@@ -76,20 +67,20 @@ def launch_wide(
         for part in _chunks(chosen):
             at_rows = np.asarray([at for _, at in part])
             # Waits for the step: the price of a rare request, which saves an executable a batch shape.
-            targets = np.asarray(output)[at_rows, 0]
+            targets = device.read(output)[0][at_rows, 0]
             hidden_rows = at_rows // sizes.num_rows * sizes.num_slots + at_rows % sizes.num_rows
-            run = device.wide(k, buffers.last_hidden, _padded(hidden_rows), _padded(targets))
+            run = device.wide(k, True, _padded(hidden_rows), _padded(targets))
             reads.append(WideRead([owner for owner, _ in part], run))
     for k, asked in prompts.items():
         for entries in _chunks(asked):
-            assert hidden is not None, "see scores_prompts"
             owners, sources, tokens = zip(*entries, strict=True)
-            run = device.wide(k, hidden, _padded(np.asarray(sources)), _padded(np.asarray(tokens)))
+            run = device.wide(k, False, _padded(np.asarray(sources)), _padded(np.asarray(tokens)))
             reads.append(WideRead(list(owners), run))
     return reads
 
 
 def read_wide(
+    device: Device,
     reads: Sequence[WideRead],
     batches: Sequence[Batch | None],
     results: Sequence[StepResult],
@@ -97,7 +88,7 @@ def read_wide(
 ) -> None:
     """Waits for what `launch_wide` has started and puts it into the rows' details. `masks`: the step's, if any."""
     for wide in reads:
-        logprob, rank_, ids, tops = (np.asarray(array) for array in wide.result)
+        logprob, rank_, ids, tops = device.read(*wide.result)
         for at, (rank, row, position) in enumerate(wide.owners):
             batch = batches[rank]
             assert batch is not None

@@ -63,7 +63,9 @@ def start_engine(config: EngineConfig, *, expected: Expected | None = None, prog
         tokenizer = pool.submit(_tokenizer, checkpoint, config)
         client: Client
         if config.engine_process:
-            policy = RestartPolicy(config.max_engine_restarts, silence=config.engine_timeout)
+            # The processes of a group are started together or not at all.
+            most = config.max_engine_restarts if config.coordinator_address is None else 0
+            policy = RestartPolicy(most, silence=config.engine_timeout)
             client = RestartingClient(lambda: CoreProcess(config), policy)
         else:
             from jaxllm.engine.build import build_core  # here: the front of a core elsewhere needs no JAX

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxllm.errors import CheckpointError
 from jaxllm.models.sources import Parts, Source, TensorSource, origins
-from sharding import from_parts
+from sharding import from_parts, place
 
 # Buffers that older checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
@@ -168,11 +168,11 @@ def _read(
     on_device = transpose and jax.default_backend() != "cpu"
     kept = np.dtype(dtype or parameter.dtype)
 
-    def read(shape: tuple[int, ...], shard: int, place: jax.Device | jax.sharding.Sharding | None) -> jax.Array:
+    def read(shape: tuple[int, ...], shard: int, where: jax.Device | jax.sharding.Sharding | None) -> jax.Array:
         host = _empty(shape[::-1] if on_device else shape, kept)
         # the axis along which sources are joined comes first in what is filled
         parts.fill(host.T if transpose and not on_device else host, shard, checkpoint)
-        array = jax.device_put(host, place)
+        array = place(host, where) if isinstance(where, jax.sharding.Sharding) else jax.device_put(host, where)
         return _transpose(array) if on_device else array
 
     if parts.shards == 1:
@@ -232,8 +232,8 @@ def _normal(places: Sequence[jax.Array], sizes: Sequence[int], stream: jax.Array
 
     places: for each axis uint32[its length], where its elements stand in an array of `sizes`."""
     number = jnp.zeros((), jnp.uint32)
-    for axis, (place, size) in enumerate(zip(places, sizes, strict=True)):
-        number = number * np.uint32(size) + jnp.expand_dims(place, [a for a in range(len(sizes)) if a != axis])
+    for axis, (where, size) in enumerate(zip(places, sizes, strict=True)):
+        number = number * np.uint32(size) + jnp.expand_dims(where, [a for a in range(len(sizes)) if a != axis])
     bits = _mix(number ^ stream) >> 9
     return np.float32(2**0.5) * jax.lax.erf_inv((bits.astype(jnp.float32) + 0.5) * 2**-22 - 1)
 

@@ -47,6 +47,9 @@ class Core:
         assert self.gate.wait(10)
         return [UtilityResult(0, value=len(self.log))] if not self.steps_left else [StepOutputs([], ["a"], [1])]
 
+    def watch(self, on_lost) -> None:
+        pass
+
     def close(self) -> None:
         self.closed.set()
 
