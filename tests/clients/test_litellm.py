@@ -83,9 +83,7 @@ def test_forced_calls(tiny):
         messages=say("The weather?"),
         tools=[TOOL],
         tool_choice=choice,
-        temperature=0,
-        max_tokens=200,
-        extra_body=PLAIN,
+        **LOOSE,
     )
     Weather.model_validate_json(answer.choices[0].message.tool_calls[0].function.arguments)
 
