@@ -7,13 +7,15 @@ from typing import Literal
 import pytest
 
 openai = pytest.importorskip("openai", reason="scripts/test_clients runs these")
-from pydantic import BaseModel, Field  # noqa: E402
+from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
 from tests.clients.conftest import KEY  # noqa: E402
 
 
 class Weather(BaseModel):
     """The weather of a city."""
+
+    model_config = ConfigDict(extra="forbid")
 
     city: Literal["Wien", "Graz"]
     degrees: int = Field(ge=0, le=40)
@@ -26,7 +28,7 @@ PLAIN = {"allowed_token_ids": [2, *range(3 + ord("!"), 3 + 127), *range(259, 272
 LOOSE = {"temperature": 1.5, "seed": 1, "max_tokens": 400}
 ARGUMENTS = {"city": "Wien", "degrees": 21}
 CALL = f"<tool_call>\n{json.dumps({'name': 'weather', 'arguments': ARGUMENTS})}\n</tool_call>"
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": Weather.model_json_schema()}}
+TOOL = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": Weather.model_json_schema()}}
 
 
 def say(text):
