@@ -9,7 +9,7 @@ import pytest
 litellm = pytest.importorskip("litellm", reason="scripts/test_clients runs these")
 
 from tests.clients.conftest import KEY  # noqa: E402
-from tests.clients.test_openai import ARGUMENTS, CALL, PLAIN, TOOL, Weather, say  # noqa: E402
+from tests.clients.test_openai import ARGUMENTS, CALL, LOOSE, PLAIN, TOOL, Weather, say  # noqa: E402
 
 PROVIDERS = ["openai", "hosted_vllm", "litellm_proxy"]
 
