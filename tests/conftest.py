@@ -1,6 +1,8 @@
 """What every test shares: JAX on the CPU, and one compilation cache for all workers and runs."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def root() -> Path:
     """The root of the checkout."""
     return ROOT
+
+
+MANY_MAPPINGS = 20_000  # the kernel allows a process 65,530; XLA:CPU's executables take dozens each, and crash beyond
+
+
+@pytest.fixture(autouse=True, scope="module")
+def executables_go():
+    """What earlier tests have compiled goes once it takes much of what a process may map."""
+    yield
+    if "jax" in sys.modules and len(Path("/proc/self/maps").read_bytes().splitlines()) > MANY_MAPPINGS:
+        import jax
+
+        gc.collect()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

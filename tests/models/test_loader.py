@@ -135,7 +135,7 @@ def test_memory():
     fields = dict(hidden_size=256, intermediate_size=512, vocab_size=2048, attention_bias=False)
     model = tiny(**fields)
     shapes = {}
-    for path, parameter in loader._parameters(model):
+    for path, parameter in loader.parameters_of(model):
         shapes |= dict(Parts(path, parameter).tensors())
     zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
@@ -157,7 +157,7 @@ def test_progress(tensors):
 
 
 def flat(model: nnx.Module) -> dict[str, np.ndarray]:
-    return {".".join(map(str, path)): np.asarray(p[...], np.float32) for path, p in loader._parameters(model)}
+    return {".".join(map(str, path)): np.asarray(p[...], np.float32) for path, p in loader.parameters_of(model)}
 
 
 def test_dummy_weights():
@@ -166,7 +166,7 @@ def test_dummy_weights():
     loader._dummy.cache_clear()
     for model, seed in ((first, 0), (again, 0), (other, 2**33 + 1), (half, 0)):
         loader.load_dummy(model, seed=seed)
-    kernels = {p.shape for _, p in loader._parameters(first)}
+    kernels = {p.shape for _, p in loader.parameters_of(first)}
     assert loader._dummy.cache_info().misses <= 2 * (len(kernels) + 1)  # a shape and dtype is compiled once
     a, b, c, d = map(flat, (first, again, other, half))
     values = []
