@@ -44,10 +44,10 @@ def step_bytes(
 ) -> int:
     """Temporaries of the largest step and its sampler.
 
-    A step holds its widest activations (gate and up at once where no kernel joins them); the sampler float32 logits of
-    all rows and five copies. What XLA says of the executables (`memory_analysis`) lies within a tenth below.
+    A step holds its widest activations (gate and up at once where no kernel joins them), and all tokens' hidden rows
+    where a prompt's logprobs are asked for; the sampler float32 logits of all rows and five copies.
     """
-    widest = 2 * intermediate_size + 3 * hidden_size
+    widest = 2 * intermediate_size + 4 * hidden_size
     return budget * widest * itemsize + 6 * max_num_seqs * vocab_size * 4
 
 

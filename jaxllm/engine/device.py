@@ -89,6 +89,7 @@ class Device:
         staged = place(joined, self._by_rank) if self._is_shared else joined
         self._packed = self.executables.get(Stage())(self._packed, staged)
         run = self.executables.get(key)
+        self._all_hidden = None  # before the next ones are allocated
         self.caches, self._state, self._buffers, self._history, self._all_hidden = run(
             self.leaves, self.caches, self._state, self._buffers, self._history, self._packed
         )
