@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 HELLO_SECONDS = 10.0  # for what a new connection has to say of itself
+MAX_MESSAGE = 1 << 28  # bytes: a launch has some 100 kB, a table's row or a step's masks a few MB
 GREETING = b"jaxllm process "
 
 
@@ -51,8 +52,8 @@ class Peer:
                 self._lock.release()
 
     def receive(self) -> bytes:
-        """Its next message; b"" is a sign of life. Raises EOFError or OSError once it has gone."""
-        data = self._connection.recv_bytes()
+        """Its next message; b"" is a sign of life. Raises EOFError or OSError once it has gone, or says too much."""
+        data = self._connection.recv_bytes(MAX_MESSAGE)
         self.seen = time.monotonic()
         return data
 
