@@ -1,5 +1,6 @@
 """Executables by key, compiled ahead of time in parallel, most needed first, and kept on disk for the next start."""
 
+import functools
 import logging
 import threading
 import time
@@ -71,7 +72,8 @@ class Executables:
         self._sealed = False
         self.num_late = self.num_restored = self.num_waiting = 0
         self.seconds: dict[Key, float] = {}
-        threading.Thread(target=_close_at_exit, args=(weakref.ref(self),), daemon=True).start()
+        _open.add(self)
+        _close_all_at_exit()
 
     def _compile(self, key: Key) -> Any:
         begin = time.perf_counter()
@@ -146,9 +148,16 @@ class Executables:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _close_at_exit(reference: "weakref.ref[Executables]") -> None:
-    """A program that ends does not wait for what is still queued."""
-    threading.main_thread().join()
-    executables = reference()
-    if executables is not None:
-        executables.close()
+_open: "weakref.WeakSet[Executables]" = weakref.WeakSet()
+
+
+@functools.cache
+def _close_all_at_exit() -> None:
+    """A program that ends does not wait for what is still queued. One thread waits for that, once it is asked for."""
+
+    def wait() -> None:
+        threading.main_thread().join()
+        for executables in list(_open):
+            executables.close()
+
+    threading.Thread(target=wait, daemon=True).start()
