@@ -112,19 +112,24 @@ def check_outcome(found: dict, alone: dict) -> None:
     assert found["preemptions"] > 0
 
 
+def check_outcome_and_loss(group, alone, killed: int) -> None:
+    """The tokens of one process; then one of the two is killed in a step, and the other ends and names it."""
+    group.tell("outcome")
+    check_outcome(group.hear(0), alone)
+    group.tell("endless")
+    assert group.hear(0)["begun"]
+    time.sleep(0.3)
+    group.all[killed].kill()
+    status, errors = group.ended(1 - killed, within=20)
+    assert status == 1
+    assert f"process {killed} (127.0.0.1) has gone" in errors
+
+
 def test_ranks_in_two_processes_and_a_killed_follower(root, model, alone):
     with processes(root, 2, 2, model=str(model), tensor_parallel_size=2, data_parallel_size=2, **sized(2)) as group:
         read = [group.hear(process)["bytes"] for process in (0, 1)]
         assert read == [(model / "model.safetensors").stat().st_size - header(model)] * 2  # a rank holds the model
-        group.tell("outcome")
-        check_outcome(group.hear(0), alone)
-        group.tell("endless")
-        assert group.hear(0)["begun"]
-        time.sleep(0.3)
-        group.all[1].kill()
-        status, errors = group.ended(0, within=20)
-        assert status == 1
-        assert "process 1 (127.0.0.1) has gone" in errors
+        check_outcome_and_loss(group, alone, killed=1)
 
 
 def test_shards_in_two_processes_and_a_killed_leader(root, model, alone):
@@ -133,15 +138,7 @@ def test_shards_in_two_processes_and_a_killed_leader(root, model, alone):
         weights = (model / "model.safetensors").stat().st_size - header(model)
         norms = 4 * tiny.HIDDEN * (2 * tiny.LAYERS + 1)  # bytes of what all shards hold
         assert read == [(weights - norms) // 2 + norms] * 2
-        group.tell("outcome")
-        check_outcome(group.hear(0), alone)
-        group.tell("endless")
-        assert group.hear(0)["begun"]
-        time.sleep(0.3)
-        group.all[0].kill()
-        status, errors = group.ended(1, within=20)
-        assert status == 1
-        assert "process 0 (127.0.0.1) has gone" in errors
+        check_outcome_and_loss(group, alone, killed=0)
 
 
 def header(model: Path) -> int:
