@@ -1,8 +1,9 @@
 """Checks the Hopper kernels against the float32 reference on fresh random batches, then times them.
 
-    python -m pallas_kernels.ragged_paged_attention.stress_gpu [check] [decode] [prefill] [--seconds N] [--page-size N]
+    python -m pallas_kernels.ragged_paged_attention.stress_gpu [check] [decode] [prefill] [--seconds N] [--processes N]
+        [--page-size N]
 
-Unused and foreign pages, the tails of last pages and the dummy page hold NaN. Timings are of the whole operation, the
+The kinds of batch to check (`KINDS` of them) are dealt to several processes: a compilation is mostly Python. Unused and foreign pages, the tails of last pages and the dummy page hold NaN. Timings are of the whole operation, the
 write included, over 32 layer caches in turn, so that the second-level cache cannot flatter, and stand beside the
 machine's own copy and matrix-product rates. They are wall time: the pauses between calls of 32 layers count in.
 """
@@ -10,6 +11,9 @@ machine's own copy and matrix-product rates. They are wall time: the pauses betw
 import argparse
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -20,6 +24,7 @@ from . import gpu, reference
 from .types import AttentionMetadata
 
 LAYERS = 32
+KINDS = 60  # shape, window, cap, sinks and decodes-only go round together: after so many, all are met
 
 
 def make_metadata(
@@ -109,12 +114,12 @@ def random_rows(rng, num_rows, longest, longest_query):
     return rows
 
 
-def check(seconds: float):
-    """Random batches of every supported kind until the time is up."""
+def check(seconds: float, first: int = 0, step: int = 1):
+    """Random batches of every `step`-th kind from `first` on, each once at least, until the time is up."""
     rng = np.random.default_rng(time.time_ns())
-    end, worst, count, wrong = time.time() + seconds, 0.0, 0, 0
+    end, worst, count, wrong = time.time() + seconds, 0.0, first, 0
     shapes = [(32, 8, 128), (28, 4, 128), (8, 8, 64), (16, 1, 64), (8, 4, 256), (64, 8, 64)]
-    while time.time() < end:
+    while time.time() < end or count < KINDS:
         heads, kv_heads, head_dim = shapes[count % len(shapes)]
         page_size = int(rng.choice([16, 32, 64, 128]))
         window = int(rng.integers(1, 500)) if count % 3 == 1 else None
@@ -158,9 +163,21 @@ def check(seconds: float):
                     f"WRONG {error=:.2e} {same=} {written=} {heads=} {kv_heads=} {head_dim=} {page_size=} {options=} "
                     f"{decodes_only=} {rows=} {prefixes=}"
                 )
-        count += 1
-    print(f"checked {count} kinds of batch, 4 batches each; worst relative error {worst:.2e}; {wrong} wrong")
+        count += step
+    print(f"checked {(count - first) // step} kinds of batch, 4 each; worst error {worst:.2e}; {wrong} wrong", flush=True)
     if wrong:
+        raise SystemExit(1)
+
+
+def check_in_processes(seconds: float, processes: int):
+    """`check`, its kinds dealt to so many processes that share the device. Raises SystemExit when one was wrong."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-m", __spec__.name, "check", "--seconds", str(seconds)]
+    running = [
+        subprocess.Popen([*command, "--first", str(first), "--step", str(processes)], env=environment)
+        for first in range(processes)
+    ]
+    if any([process.wait() for process in running]):
         raise SystemExit(1)
 
 
@@ -269,11 +286,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["check", "decode", "prefill"])
     parser.add_argument("--seconds", type=float, default=60, help="how long to check")
+    parser.add_argument("--processes", type=int, default=1, help="that check beside each other")
+    parser.add_argument("--first", type=int, help="check in this process alone, from this kind on")
+    parser.add_argument("--step", type=int, default=1, help="with --first: every so many-th kind")
     parser.add_argument("--page-size", type=int, default=64)
     arguments = parser.parse_args()
+    if arguments.first is not None:
+        return check(arguments.seconds, arguments.first, arguments.step)
+    if "check" in arguments.what:  # before this process takes the device's memory
+        check_in_processes(arguments.seconds, arguments.processes)
     ceilings()
-    if "check" in arguments.what:
-        check(arguments.seconds)
     caches = None
     for kind in ("decode", "prefill"):
         if kind in arguments.what:
