@@ -51,7 +51,7 @@ def row(found: Measured) -> list[str]:
         f"{case.model}, {case.topology or case.chip + ':1'}",
         found.step.name,
         f"{(forward.argument_bytes + forward.temporary_bytes) / 1e9:.2f}",
-        f"{found.engine.chip.device_limit / 1e9:.2f}",
+        f"{found.engine.chip.device_limit(1) / 1e9:.2f}",
         str(found.engine.fit.cache_tokens),
         f"{found.work.bytes / 1e9:.3f}",
         f"{found.work.bytes / found.minimum.bytes:.3f}",

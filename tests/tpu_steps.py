@@ -215,7 +215,7 @@ class Measured:
     @property
     def fits(self) -> bool:
         most = max(each.argument_bytes + each.temporary_bytes for each in (self.forward, self.sample))
-        return most <= self.engine.chip.device_limit
+        return most <= self.engine.chip.device_limit(1)
 
     @property
     def least_time_ratio(self) -> float:

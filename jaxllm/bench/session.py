@@ -98,10 +98,10 @@ def open_session(
     """
     import jax
 
-    platform.configure()  # before a ceiling is measured: JAX takes its share of the memory then
     set_options = dict(options)
     with bench_model(model, options) as (path, options):
         config = config_from(path, options)
+        platform.configure(config.num_devices)  # before a ceiling is measured: JAX takes its share of the memory then
         use_compilation_cache(config.cache_directory)  # JAX takes no other once it has compiled something
         cost, hf = model_cost(config)
         num_devices = config.num_devices

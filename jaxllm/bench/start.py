@@ -82,7 +82,7 @@ def _start(model: str, options: dict[str, Any], cache: str, begin: float) -> Sta
     from jaxllm.engine.resolve import resolve_dtype
     from jaxllm.llm import LLM
 
-    configure()
+    configure(options.get("tensor_parallel_size", 1) * options.get("data_parallel_size", 1))
     device = jax.devices()[0].device_kind
     imported = time.time() - begin
     with bench_model(model, options) as (path, options), LLM(path, expected=Expected(PROMPT_LENGTH), **options) as llm:

@@ -135,9 +135,9 @@ class _Run:
         from jaxllm.engine.resolve import resolve_backend, resolve_dtype
 
         suite = self.suite
-        platform.configure()
         with bench_model(suite.model, options) as (path, made):
             config = config_from(path, made)
+            platform.configure(config.num_devices)
             use_compilation_cache(config.cache_directory)  # JAX takes no other once it has compiled something
             cost, hf = model_cost(config)
             self.ceilings = measure_ceilings(cost.itemsize)

@@ -113,7 +113,7 @@ def build_core(
 
     Raises what `join`, `open_checkpoint`, `plan_engine` and the loader raise; in all processes if in one.
     """
-    platform.configure()
+    platform.configure(config.num_devices)
     group = join(config)
     try:
         core = _build(config, checkpoint, expected, progress, group)

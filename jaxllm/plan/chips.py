@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.bench.floor import Ceilings
-from jaxllm.engine.platform import MEMORY_FRACTION
+from jaxllm.engine.platform import memory_fraction
 from jaxllm.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -38,10 +38,9 @@ class Chip:
     domain: int
     sources: tuple[str, ...]
 
-    @property
-    def device_limit(self) -> int:
-        """Bytes that JAX may use of one device, as the engine's settings have it."""
-        share = float(MEMORY_FRACTION) if self.platform == "gpu" else 1.0
+    def device_limit(self, num_devices: int) -> int:
+        """Bytes that JAX may use of each of so many devices of an engine, as the engine's settings have it."""
+        share = memory_fraction(num_devices) if self.platform == "gpu" else 1.0
         return int(self.memory * share) // self.devices
 
     @property

@@ -143,7 +143,7 @@ def fit(model: Model, chip: Chip, config: EngineConfig, *, data: int, tensor: in
     shape, part = model.config.for_shards(tensor), model.shard(tensor)
     max_num_seqs, step_tokens = memory.default_limits(config, on_cpu=False)
     budget = memory.Budget(
-        limit=chip.device_limit,
+        limit=chip.device_limit(data * tensor),
         utilization=config.memory_utilization,
         weights=part.elements * model.itemsize,
         step=memory.step_bytes(

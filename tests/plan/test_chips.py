@@ -17,7 +17,7 @@ def test_every_chip_is_whole():
     for each in chips().values():
         assert min(each.memory, each.bandwidth, each.flops, each.links, each.link_bandwidth, each.domain) > 0
         assert each.sources and each.attention_backend in BACKENDS and each.platform in ("tpu", "gpu")
-        assert each.device_limit <= each.memory / each.devices
+        assert each.device_limit(1) <= each.memory / each.devices
         if each.platform == "tpu":
             assert tpu_sizes.supports(each.kind) == (each.attention_backend == "tpu")
             assert each.dimensions in (2, 3) and each.links == 2 * each.dimensions
@@ -32,9 +32,14 @@ def test_a_chip_by_name():
 def test_two_devices_share_a_chip():
     whole = chip("tpu7x")
     assert whole.ceilings.bandwidth == whole.bandwidth / 2
-    assert whole.device_limit == pytest.approx(94.74 * 2**30, rel=1e-6)
+    assert whole.device_limit(2) == pytest.approx(94.74 * 2**30, rel=1e-6)
     assert whole.all_reduce_seconds(1e9, 2) == 0.0  # within the chip
     assert whole.all_reduce_seconds(1e9, 4) > 0.0
+
+
+def test_several_gpus_leave_room_for_their_messages():
+    assert chip("h200").device_limit(4) < 0.85 * chip("h200").device_limit(1)
+    assert chip("v6e").device_limit(4) == chip("v6e").device_limit(1)
 
 
 def test_sums_over_shards_by_hand():

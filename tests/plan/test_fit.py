@@ -44,7 +44,7 @@ def test_the_engine_plans_the_same(monkeypatch, name, hf, options, tensor):
         platform=there.platform,
         device_kind=there.kind,
         compute_capability="9.0" if there.attention_backend == "gpu" else "8.0",
-        memory_stats=lambda: {"bytes_limit": there.device_limit},
+        memory_stats=lambda: {"bytes_limit": there.device_limit(tensor)},
     )
     monkeypatch.setattr(jax, "default_backend", lambda: there.platform)
     monkeypatch.setattr(jax, "devices", lambda: [device])
