@@ -139,6 +139,7 @@ class CausalLM(nnx.Module):
         if self.lm_head is None:
             logits = self.model.embed_tokens.logits(hidden)
         else:
-            logits = linear(hidden, self.lm_head, metadata).astype(jnp.float32)
+            # Not rounded to x's dtype in between: in bfloat16 the likeliest tokens would often be equal.
+            logits = linear(hidden, self.lm_head, metadata, jnp.float32)
         cap = self.config.final_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
@@ -80,9 +81,10 @@ class Linear(nnx.Module):
         self.bias = parameter(shape[1:], dtype, axes[1:], shards=shards, sources=sources("bias")) if bias else None
 
 
-def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata) -> jax.Array:
-    """[T, in] to [T, out]; the one place where activations meet projection weights."""
-    y = sum_over(jnp.dot(x, weight.kernel[...]), weight.sums_over)
+def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata, dtype: DTypeLike | None = None) -> jax.Array:
+    """[T, in] to [T, out]; the one place where activations meet projection weights. `dtype`: of the result, x's if
+    None; sums are taken in float32 in any case."""
+    y = sum_over(jnp.dot(x, weight.kernel[...], preferred_element_type=dtype), weight.sums_over)
     return y if weight.bias is None else y + weight.bias[...]
 
 
