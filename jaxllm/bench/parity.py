@@ -1,45 +1,62 @@
 """`jaxllm bench all`, part parity: the attention kernel's tokens and logprobs beside the reference path's.
 
-An engine on the default backend generates greedily; then an engine on the reference backend reads each prompt with its
-answer at once and says what it thinks of every token. Both compute in the run's dtype, so the two round differently:
-what must hold is that their logprobs agree within `TOLERANCE`, and that the kernel never chose a token that the
-reference puts further than that below its best.
+An engine on the default backend generates greedily. Then engines on the reference backend read each prompt with its
+answer at once and say what they think of every token: one in the run's dtype, and where that is not float32 another
+one in float32, which shows what rounding alone does to the reference path: random weights of dozens of layers enlarge
+it. The kernel must agree with the reference path within `TOLERANCE`, or within what two such roundings differ by.
 """
 
 import dataclasses
 import gc
+import math
 import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from jaxllm.bench.models import bench_model
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.errors import OutOfMemoryError
 from jaxllm.llm import LLM
 
-TOLERANCE = 2e-2  # of a logprob's size: bfloat16 keeps 8 bits, and dozens of layers round
+TOLERANCE = 2e-2  # of a logprob's size: bfloat16 keeps 8 bits
 LENGTHS = (1, 2, 17, 63, 64, 65, 130, 257, 400)  # of prompts, in tokens: around pages, tiles and chunks
 OUTPUT = 48
+MOST_LIKELY = 20  # tokens whose logprobs are compared at each position
+
+Scores = Mapping[int, float]  # logprobs of a position's most likely tokens and the one chosen, by token
 
 
 @dataclasses.dataclass
 class ParityResult:
-    """One comparison.
+    """One comparison. An error is that of one position: the norm of the differences of its most likely tokens' logprobs
+    over the norm of the reference's.
 
     Attributes:
       backend: of the tokens; `reference` of what is compared with.
       num_tokens: generated and compared.
       num_other: tokens that are not the reference's most likely one.
-      worst_logprob: largest |logprob - reference's| / max(|reference's|, 1).
+      worst_error, mean_error: of the backend beside the reference, both in the run's dtype.
       worst_gap: largest (reference's best - reference's logprob of the token) / max(|best|, 1); 0 where all are its
         best.
-      agrees: whether both are within the tolerance.
+      rounding_worst, rounding_mean: errors of the reference in the run's dtype beside itself in float32; 0 where they
+        are the same. None: float32 did not fit.
+      backend_mean: mean error of the backend beside the reference in float32; None likewise.
+      tolerance: what `worst_error` and `worst_gap` may be: TOLERANCE, or twice the worst rounding if that is more.
+      agrees: whether both are within it.
     """
 
     backend: str
     reference: str
     num_tokens: int
     num_other: int
-    worst_logprob: float
+    worst_error: float
+    mean_error: float
     worst_gap: float
+    rounding_worst: float | None
+    rounding_mean: float | None
+    backend_mean: float | None
     tolerance: float
     agrees: bool
 
@@ -57,33 +74,92 @@ def prompts(vocab_size: int) -> list[list[int]]:
     return made
 
 
+def errors(found: Sequence[Scores], expected: Sequence[Scores]) -> list[float]:
+    """Of each position: over the tokens that both name, the norm of the differences over that of what is expected."""
+    made = []
+    for ours, theirs in zip(found, expected, strict=True):
+        both = ours.keys() & theirs.keys()
+        size = math.sqrt(sum(theirs[token] ** 2 for token in both))
+        made.append(math.sqrt(sum((ours[token] - theirs[token]) ** 2 for token in both)) / max(size, 1.0))
+    return made
+
+
+def gap(scores: Scores, token: int) -> float:
+    """How far `token` is below the best, relative to the best's size."""
+    best = max(scores.values())
+    return (best - scores[token]) / max(abs(best), 1.0)
+
+
 def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUTPUT) -> ParityResult:
-    """Opens two engines, one after the other; `options` are those of `LLM`. Raises what it raises."""
+    """Opens two or three engines, one after the other; `options` are those of `LLM`. Raises what it raises."""
     longest = max(LENGTHS) + output_tokens + 1
     options = {**options, "max_model_len": longest, "max_num_seqs": 2 * len(LENGTHS), "warm_up": False}
-    greedy = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False, logprobs=1)
-    scored = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, prompt_logprobs=1)
+    greedy = SamplingParams(
+        temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False, logprobs=MOST_LIKELY
+    )
     with bench_model(model, options) as (path, made):
         made["max_model_len"] = longest
         with LLM(path, **made) as llm:
-            backend = llm._client._core.runner.plan.backend  # type: ignore[attr-defined]
+            plan = llm._client._core.runner.plan  # type: ignore[attr-defined]
             asked = prompts(llm._builder.limits.vocab_size)
             answers = [answer.outputs[0] for answer in llm.generate(asked, greedy)]
         del llm
         gc.collect()  # two caches do not fit
-        with LLM(path, **made | {"attention_backend": "reference"}) as llm:
-            read = llm.generate([p + a.token_ids for p, a in zip(asked, answers, strict=True)], scored)
-    others, worst_logprob, worst_gap = 0, 0.0, 0.0
-    for prompt, answer, scores in zip(asked, answers, read, strict=True):
-        assert answer.logprobs is not None and scores.prompt_logprobs is not None
-        for index, token in enumerate(answer.token_ids):
-            ours, theirs = answer.logprobs[index][token].logprob, scores.prompt_logprobs[len(prompt) + index]
-            assert theirs is not None
-            best = max(entry.logprob for entry in theirs.values())
-            theirs_of_it = theirs[token].logprob
-            others += theirs_of_it < best
-            worst_logprob = max(worst_logprob, abs(ours - theirs_of_it) / max(abs(theirs_of_it), 1.0))
-            worst_gap = max(worst_gap, (best - theirs_of_it) / max(abs(best), 1.0))
-    total = sum(len(answer.token_ids) for answer in answers)
-    agrees = max(worst_logprob, worst_gap) <= TOLERANCE
-    return ParityResult(backend, "reference", total, others, worst_logprob, worst_gap, TOLERANCE, agrees)
+        tokens = [answer.token_ids for answer in answers]
+        ours = [scores for answer in answers for scores in _scores(answer.logprobs)]
+        made["attention_backend"] = "reference"
+        theirs = _read(path, made, asked, tokens)
+        whole: list[Scores] | None = theirs
+        if plan.dtype.name != "float32":
+            whole = _read_in_float32(path, made, asked, tokens)
+    gaps = [gap(scores, token) for scores, token in zip(theirs, (t for ids in tokens for t in ids), strict=True)]
+    found = errors(ours, theirs)
+    rounding, beside = (None, None) if whole is None else (errors(theirs, whole), errors(ours, whole))
+    tolerance = max(TOLERANCE, 2 * max(rounding or [0.0]))
+    return ParityResult(
+        backend=plan.backend,
+        reference="reference",
+        num_tokens=len(gaps),
+        num_other=sum(each > 0 for each in gaps),
+        worst_error=max(found),
+        mean_error=sum(found) / len(found),
+        worst_gap=max(gaps),
+        rounding_worst=max(rounding) if rounding else None,
+        rounding_mean=sum(rounding) / len(rounding) if rounding else None,
+        backend_mean=sum(beside) / len(beside) if beside else None,
+        tolerance=tolerance,
+        agrees=max(*found, *gaps) <= tolerance,
+    )
+
+
+def _read_in_float32(path: str, options: dict[str, Any], asked: Any, answered: Any) -> list[Scores] | None:
+    """None where it does not fit."""
+    usual = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "float32")  # a GPU's default is less: TF32
+    try:
+        return _read(path, options | {"dtype": "float32"}, asked, answered)
+    except OutOfMemoryError:
+        return None
+    finally:
+        jax.config.update("jax_default_matmul_precision", usual)
+
+
+def _scores(positions: Any) -> Iterator[Scores]:
+    for entries in positions:
+        yield {token: entry.logprob for token, entry in entries.items()}
+
+
+def _read(
+    path: str, options: dict[str, Any], asked: Sequence[Sequence[int]], answered: Sequence[Sequence[int]]
+) -> list[Scores]:
+    """What an engine thinks of each answered token."""
+    scored = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, prompt_logprobs=MOST_LIKELY)
+    with LLM(path, **options) as llm:
+        read = llm.generate([[*prompt, *answer] for prompt, answer in zip(asked, answered, strict=True)], scored)
+    del llm
+    gc.collect()
+    found: list[Scores] = []
+    for prompt, scores in zip(asked, read, strict=True):
+        assert scores.prompt_logprobs is not None
+        found += _scores(scores.prompt_logprobs[len(prompt) :])
+    return found
