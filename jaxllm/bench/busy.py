@@ -3,15 +3,12 @@
 import collections
 import dataclasses
 import re
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
 
 import jax
-from jax.profiler import ProfileData
 
 from jaxllm.bench.session import Session
 from jaxllm.bench.throughput import run_once, workload
+from jaxllm.bench.trace import recording, union
 
 TOP = 15  # kernels that are told one by one
 MIN_RECORDED = 0.8  # of the run, from the first kernel to the last: a full buffer drops what comes later
@@ -58,14 +55,8 @@ def measure_busy(session: Session, name: str) -> BusyResult:
     than the run."""
     requests = workload(name, session.vocab_size)
     seconds, _ = run_once(session, requests)
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    options.host_tracer_level = 0 if jax.default_backend() != "cpu" else 2  # on a CPU kernels are the host's events
-    with tempfile.TemporaryDirectory(prefix="jaxllm-bench-") as directory:
-        with jax.profiler.trace(directory, profiler_options=options):
-            traced, figures = run_once(session, requests)
-        (path,) = Path(directory).rglob("*.xplane.pb")
-        events = list(device_events(ProfileData.from_file(str(path))))
+    with recording() as events:
+        traced, figures = run_once(session, requests)
     if not events:
         raise RuntimeError("the profiler has recorded no kernel of this device")
     recorded = (max(end for *_, end in events) - min(start for _, start, _ in events)) * 1e-9
@@ -89,28 +80,3 @@ def measure_busy(session: Session, name: str) -> BusyResult:
         padded_share=figures.padded_share,
         kernels=kernels[:TOP],
     )
-
-
-def device_events(profile: ProfileData) -> Iterable[tuple[str, float, float]]:
-    """(name, start, end) in ns of what ran on the first device: a GPU's streams, a TPU's operations, XLA's threads on
-    a CPU."""
-    planes = {plane.name: plane for plane in profile.planes}
-    device = next((planes[name] for name in sorted(planes) if re.fullmatch(r"/device:(GPU|TPU):\d+", name)), None)
-    if device is not None:
-        lines = [line for line in device.lines if "Stream" in line.name or line.name == "XLA Ops"]
-    else:
-        lines = [line for line in planes["/host:CPU"].lines if line.name.startswith("tf_XLA")]
-    for line in lines:
-        for event in line.events:
-            if event.duration_ns > 0 and "::" not in event.name:  # those are a CPU executor's own functions
-                yield event.name, event.start_ns, event.start_ns + event.duration_ns
-
-
-def union(spans: list[tuple[float, float]]) -> float:
-    """How much of the time line the spans cover together."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        if end > reached:
-            covered += end - max(start, reached)
-            reached = end
-    return covered

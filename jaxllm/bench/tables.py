@@ -218,6 +218,7 @@ def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
         "one layer of attention with its write",
         "batch",
         "µs",
+        "of them in kernels",
         "GB/s of keys and values",
         "TFLOP/s",
         "of ceiling",
@@ -227,6 +228,7 @@ def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
             r.kind,
             r.batch,
             fixed(r.seconds, 1, 1e6),
+            fixed(r.kernel_seconds, 1, 1e6),
             figures(r.bandwidth * 1e-9) if r.kind == "decode" else "",
             figures(r.flops * 1e-12) if r.kind == "prefill" else "",
             share(r.share),
@@ -234,7 +236,8 @@ def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
         for r in results
     ]
     kinds = {f"backend {r.backend!r}, pages of {r.page_size}" for r in results}
-    return [Table("Attention", columns, rows, [f"{'; '.join(sorted(kinds))}."])]
+    note = f"{'; '.join(sorted(kinds))}. Rates are those of the kernels where there are some, else of all."
+    return [Table("Attention", columns, rows, [note])]
 
 
 def memory(facts: Facts, results: Sequence[MemoryResult]) -> list[Table]:
@@ -266,8 +269,8 @@ def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
     note = (
         "An error is that of one position: the norm of the differences of its most likely tokens' logprobs over the "
         "norm of the reference's. A gap is how far below the reference's best token a chosen one lies, relative "
-        "to that one's logprob. Tolerance: 2%, or twice what rounding to the run's dtype does to the reference where that is "
-        "more."
+        "to that one's logprob. Tolerance: 2%, or twice what rounding to the run's dtype does to the reference where "
+        "that is more."
     )
     return [Table("Greedy tokens beside the reference path", columns, rows, [note])]
 

@@ -15,7 +15,7 @@ from jax.profiler import ProfileData
 from typer.testing import CliRunner
 
 from jaxllm.async_llm import AsyncLLM
-from jaxllm.bench import busy, results, suite
+from jaxllm.bench import busy, results, suite, trace
 from jaxllm.bench.facts import command_line
 from jaxllm.bench.memory import MemoryResult
 from jaxllm.cli.app import app
@@ -194,7 +194,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 def test_a_trace_that_ends_early_is_no_result(monkeypatch):
     monkeypatch.setattr(busy, "run_once", lambda *_: (5.0, None))  # so long that the few events are no record of it
     monkeypatch.setattr(busy, "workload", lambda *_: [])
-    monkeypatch.setattr(busy, "device_events", lambda _: [("gemm", 0, 1e9), ("gemm", 3e9, 3.5e9)])
+    monkeypatch.setattr(trace, "device_events", lambda _: [("gemm", 0, 1e9), ("gemm", 3e9, 3.5e9)])
     with pytest.raises(RuntimeError, match=r"recorded 3\.50 s of 5\.00 s"):
         busy.measure_busy(SimpleNamespace(vocab_size=10), "cpu_ragged")  # type: ignore[arg-type]
 
@@ -218,19 +218,19 @@ planes { name: "/device:GPU:0"
 
 
 def test_of_a_gpus_trace_the_first_devices_streams_count():
-    trace = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(GPU_TRACE))
-    events = list(busy.device_events(trace))
+    profile = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(GPU_TRACE))
+    events = list(trace.device_events(profile))
     assert sorted((name, end - start) for name, start, end in events) == [
         ("attention", 1000),
         ("copy", 2000),
         ("gemm", 4000),
     ]
-    assert busy.union([(start, end) for _, start, end in events]) == 6000  # a copy runs beside a product for 1000
+    assert trace.union([(start, end) for _, start, end in events]) == 6000  # a copy runs beside a product for 1000
 
 
 def test_busy_time_counts_overlapping_kernels_once():
-    assert busy.union([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
-    assert busy.union([]) == 0
+    assert trace.union([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 6
+    assert trace.union([]) == 0
 
 
 def test_commands_are_told_without_paths_of_results():
