@@ -46,8 +46,9 @@ def use_compilation_cache(directory: Path) -> None:
 class Executables:
     """Compiled functions by key.
 
-    `lower(key)` traces; it and the compilation run on worker threads. XLA compiles without the GIL, tracing holds it.
-    What is asked for first is compiled first.
+    `lower(key)` traces; it and the compilation run on worker threads. XLA compiles without the GIL, tracing holds it:
+    `lower` should let one thread trace at a time, so that the first executables compile while others are traced. What
+    is asked for first is compiled first.
 
     Args:
       lower: traces and lowers the executable of a key.

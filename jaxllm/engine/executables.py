@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ POOL_ROWS = 64  # last hidden rows that are read at a time
 SAMPLER_TABLES = ("bias", "stop_mask", "bad_words")
 VOCAB_TABLES = ("bias", "stop_mask")  # whose columns are the vocabulary
 PER_DEVICE = P((DATA, TENSOR))
+FORWARD_DONATES = (1, 2, 3, 4)  # arguments of `step.forward` after the static ones
+FORWARD_RETURNS = (PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA))  # where each of its results lies
 MANY_UPDATES = 1024  # page updates of the executable that takes what a step has no room for
 
 
@@ -117,6 +120,7 @@ class Lowering:
         self.shape, self.plan, self.mesh = shape, plan, mesh
         self.ranks = mesh.shape[DATA]
         self.leaves, self._leaf_specs = leaves, [leaf.sharding.spec for leaf in leaves]
+        self._turn = threading.Lock()  # tracing holds the GIL: side by side, the first would end with the last
         self._head = [leaves[at] for at in shape.head]
         self._head_specs = [leaf.sharding.spec for leaf in self._head]
 
@@ -182,8 +186,9 @@ class Lowering:
         return self.shape.model(self.leaves).config.hidden_size
 
     def __call__(self, key: Any):
-        """Traces and lowers one executable."""
-        return getattr(self, f"_{type(key).__name__.lower()}")(key)
+        """Traces and lowers one executable, one at a time, whatever thread asks."""
+        with self._turn:
+            return getattr(self, f"_{type(key).__name__.lower()}")(key)
 
     def packed(self) -> jax.ShapeDtypeStruct:
         """A step's packed array."""
@@ -202,16 +207,20 @@ class Lowering:
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate, keep_unused=keep_unused)
 
+    def forward_arguments(self) -> tuple[Any, ...]:
+        """What `step.forward` takes after its static arguments, abstract."""
+        history = self.tables()["history"]
+        return self.leaves, self.caches(), self.state(), self.buffers(), history, self.packed()
+
     def _forward(self, key: Forward):
         run = self._sharded(
             functools.partial(forward, self.shape, key.num_tokens, key.decodes_only, key.all_hidden),
             (self._leaf_specs, PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA)),
-            (PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA)),
-            donate=(1, 2, 3, 4),
+            FORWARD_RETURNS,
+            donate=FORWARD_DONATES,
             keep_unused=True,
         )
-        history = self.tables()["history"]
-        return run.lower(self.leaves, self.caches(), self.state(), self.buffers(), history, self.packed())
+        return run.lower(*self.forward_arguments())
 
     def _stage(self, key: Stage):
         packed = self.packed()
