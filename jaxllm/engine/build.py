@@ -19,8 +19,9 @@ from jaxllm.engine.compile import Executables, use_compilation_cache
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.device import Device
 from jaxllm.engine.executable_store import ExecutableStore, fingerprint
-from jaxllm.engine.executables import Forward, Lowering, Sample, Stage, row_rungs, smallest_decode
+from jaxllm.engine.executables import Forward, Sample, Stage, row_rungs, smallest_decode
 from jaxllm.engine.group import Follower, Group, Leader, join
+from jaxllm.engine.lowering_process import SharedLowering
 from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
 from jaxllm.engine.runner import Runner, layout_of
 from jaxllm.engine.sampling import cover, variant_for
@@ -71,6 +72,11 @@ def sharding_of(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
     """Where a parameter with these logical axes lives."""
     spec = partition_spec(axes)
     return NamedSharding(mesh, spec if any(mesh.shape[name] > 1 for name in spec if name) else PartitionSpec())
+
+
+def lowering_processes(plan: EnginePlan, threads: int) -> int:
+    """Other processes that lower with this one; only Mosaic GPU's kernels take so long that they are worth it."""
+    return threads - 1 if plan.backend == "gpu" else 0
 
 
 def abstract_leaves(model: nnx.Module, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
@@ -160,12 +166,14 @@ def _build(
         model.config.vocab_size,
         model.config.tensor_shards,
     )
-    lowering = Lowering(shape, plan, abstract_leaves(model, mesh), mesh)
+    threads = max(2, min(8, (os.cpu_count() or 2) // 2))
+    others = lowering_processes(plan, threads)
+    lowering = SharedLowering(shape, plan, abstract_leaves(model, mesh), mesh, others)
     store = None
     if jax.default_backend() != "cpu":  # where lowering costs seconds
         name = fingerprint(family.__name__, model.config, plan, shape.layout, mesh.shape, jax.process_index())
         store = (ExecutableStore(config.cache_directory, name), list(mesh.devices.flat))
-    executables = Executables(lowering, num_threads=max(2, min(8, (os.cpu_count() or 2) // 2)), store=store)
+    executables = Executables(lowering, num_threads=threads, store=store)
     executables.prepare(first_keys(plan, expected))
     _load(config, model, checkpoint, mesh, progress)
     leaves = jax.tree.leaves(model)

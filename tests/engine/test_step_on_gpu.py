@@ -1,5 +1,6 @@
 """The engine's step lowers for NVIDIA GPUs that are not there, its kernels over each tensor-parallel shard's heads."""
 
+import pickle
 import re
 
 import jax
@@ -11,7 +12,8 @@ from jaxllm.bench.workloads import MODEL_SHAPES
 from jaxllm.core.kv_cache import CacheGroup
 from jaxllm.core.scheduler_config import SchedulerConfig
 from jaxllm.engine.build import abstract_leaves
-from jaxllm.engine.executables import Forward, Lowering
+from jaxllm.engine.executables import FORWARD_DONATES, Forward, Lowering
+from jaxllm.engine.lowering_process import Exporting, SharedLowering
 from jaxllm.engine.resolve import EnginePlan
 from jaxllm.engine.runner import layout_of
 from jaxllm.engine.step import StepShape
@@ -34,11 +36,8 @@ class _CudaLowering(Lowering):
         return _ForCuda(super()._sharded(*arguments, **options))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 4, 8])  # 8: one key-value head a shard
-@pytest.mark.parametrize("key", [Forward(8, True), Forward(256)])
-def test_forward(key, shards):
-    """All kernels run under `shard_map`, on local shapes; two sums a layer and one for the embeddings."""
+def _arguments(shards: int) -> tuple:
+    """Of a `Lowering` of a layer of Llama 3.1 8B."""
     config = MODEL_SHAPES["llama-3.1-8b"] | {"num_hidden_layers": 1}
     family = model_class(config)
     parsed = family.parse_config(config).for_length(18432).for_shards(shards)
@@ -50,7 +49,33 @@ def test_forward(key, shards):
     plan = EnginePlan(jnp.dtype(jnp.bfloat16), "gpu", scheduler, (8, 256), groups, model.layer_caches(), 0, 0)
     shape = StepShape(layout_of(plan), 64, "gpu", jax.tree.structure(model), parsed.vocab_size, shards)
     mesh = AbstractMesh((1, shards), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2)
-    text = _CudaLowering(shape, plan, abstract_leaves(model, mesh), mesh)(key).as_text()
+    return shape, plan, abstract_leaves(model, mesh), mesh
+
+
+def _check(text: str, key: Forward, shards: int) -> None:
     # decode and merge, norms; whole batches also write, prefill and the gated projection
     assert len(re.findall(r"custom_call @mosaic_gpu_v2", text)) == (5 if key.decodes_only else 8)
     assert len(re.findall(r"stablehlo\.all_reduce", text)) == (3 if shards > 1 else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 4, 8])  # 8: one key-value head a shard
+@pytest.mark.parametrize("key", [Forward(8, True), Forward(256)])
+def test_forward(key, shards):
+    """All kernels run under `shard_map`, on local shapes; two sums a layer and one for the embeddings."""
+    _check(_CudaLowering(*_arguments(shards))(key).as_text(), key, shards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 4])
+def test_forward_of_another_process(shards):
+    """Kernels pass through `jax.export`, and the state that the step donates is still its to reuse."""
+    key, arguments = Forward(8, True), _arguments(shards)
+    program = pickle.loads(pickle.dumps(Exporting(*arguments, "cuda")(key)))
+    lowering = SharedLowering(*arguments, processes=0)
+    jitted = lowering._around(program)
+    text = jitted.trace(*lowering.forward_arguments()).lower(lowering_platforms=("cuda",)).as_text()
+    _check(text, key, shards)
+    assert len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", text)) == len(
+        jax.tree.leaves([lowering.forward_arguments()[at] for at in FORWARD_DONATES])
+    )
