@@ -73,7 +73,7 @@ def clear_rows(tile_ref, low, high, at=None, new_ref=None):
     """
     shape = tile_ref.shape
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
-    value = plgpu.load(tile_ref, layout=WGMMA)
+    value = plgpu.load(tile_ref)  # laid out as `row` is
     if new_ref is not None:
         new = plgpu.load(new_ref, layout=WGMMA.reduce(0), optimized=False)
         value = jnp.where(row == at, lax.broadcast_in_dim(new, shape, [1]), value)

@@ -65,7 +65,7 @@ def _merge_body(
             for i in range(chunk):
                 number = index * chunk + i
                 source = part(jnp.minimum(number, count - 1))
-                values.append(plgpu.load(parts.values.at[source, pl.ds(first_row, rows)], layout=layout))
+                values.append(plgpu.load(parts.values.at[source, pl.ds(first_row, rows)]))  # laid out as `total` is
                 lse = zeros + parts.lse[source, first_row]
                 for j in range(1, rows):
                     lse = jnp.where(row_of == j, parts.lse[source, first_row + j], lse)
