@@ -67,15 +67,20 @@ def make_metadata(
     )
 
 
+def pages_of(rows, page_size) -> int:
+    """The dummy page, those of the rows, and two of nobody's."""
+    return sum(-(-keys // page_size) for _, keys in rows) + 3
+
+
 def make_case(
     seed, rows, *, heads, kv_heads, head_dim, page_size, tokens=None, max_rows=None, table_width=None, window=None,
-    decodes_only=False, prefixes=None,
+    decodes_only=False, prefixes=None, num_pages=None,
 ):  # fmt: skip
     """(q, k, v, cache, metadata) in bfloat16 with NaN in everything that no query may see."""
     rng = np.random.default_rng(seed)
     tokens = tokens or max(1, sum(queries for queries, _ in rows))
     max_rows = max_rows or (tokens if decodes_only else len(rows) + 1)
-    num_pages = sum(-(-keys // page_size) for _, keys in rows) + 3
+    num_pages = num_pages or pages_of(rows, page_size)
     metadata = make_metadata(
         rng, rows, page_size=page_size, num_pages=num_pages, tokens=tokens, max_rows=max_rows,
         table_width=table_width, decodes_only=decodes_only, prefixes=prefixes,
@@ -133,7 +138,8 @@ def check(seconds: float, first: int = 0, step: int = 1):
         truth = jax.jit(functools.partial(reference.ragged_paged_attention, **options))
         decodes_only = count % 2 == 0
         tokens, max_rows = (33, 33) if decodes_only else (160, 17)
-        for _ in range(4):  # one compilation, several batches
+        batches = []
+        for _ in range(4):
             rows, prefixes = random_rows(rng, int(rng.integers(1, max_rows)), 700, 1 if decodes_only else 100), None
             while sum(queries for queries, _ in rows) > tokens:
                 rows.pop()
@@ -142,10 +148,13 @@ def check(seconds: float, first: int = 0, step: int = 1):
                 shared = [int(name) for name in rng.integers(0, 4, len(rows))]  # three prefixes, and none
                 prefixes = [(name, 256 // page_size * name) for name in shared]
                 rows = [(queries, keys + 256 * name) for name, (queries, keys) in zip(shared, rows)]
+            batches.append((rows, prefixes))
+        num_pages = max(pages_of(rows, page_size) for rows, _ in batches)  # one shape, one compilation
+        for rows, prefixes in batches:
             args = make_case(
                 int(rng.integers(1 << 31)), rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
                 page_size=page_size, tokens=tokens, max_rows=max_rows, table_width=-(-1568 // page_size),
-                window=window, decodes_only=decodes_only, prefixes=prefixes,
+                window=window, decodes_only=decodes_only, prefixes=prefixes, num_pages=num_pages,
             )  # fmt: skip
             expected, expected_cache = truth(*args)
             once, cache = run(*args)
