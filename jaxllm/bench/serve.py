@@ -1,4 +1,4 @@
-"""`jaxllm bench serve`: requests that arrive by a Poisson process, through `AsyncLLM` in this process.
+"""`jaxllm bench serve`: requests that arrive by a Poisson process, through `AsyncLLM` in this process or a server.
 
 Figures are those of `vllm bench serve`: TTFT from arrival to the first token, TPOT (last - first) / (tokens - 1), ITL
 every gap between outputs of a request, E2EL from arrival to the last token; over all requests (ITL: over all gaps).
@@ -8,8 +8,8 @@ import asyncio
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from jaxllm.async_llm import AsyncLLM
 from jaxllm.bench.latency import percentile
@@ -21,6 +21,36 @@ from jaxllm.errors import InvalidRequestError
 Arrival = tuple[float, list[int], int]
 TIMES = ("ttft", "tpot", "itl", "e2el")
 GOODPUT = ("ttft", "tpot", "e2el")  # what a single request has one of
+COUNTERS = ("late_compilations", "preemptions")  # what else of an engine is told
+
+
+class Target(Protocol):
+    """Where requests go. Prompts are of token ids below `vocab_size`."""
+
+    vocab_size: int
+
+    def outputs(self, prompt: list[int], num_tokens: int, salt: str) -> AsyncIterator[int]:
+        """Sends a request for exactly so many greedy tokens; how many each output brings. No prompt of another salt
+        may help it."""
+        ...
+
+    async def stats(self) -> Mapping[str, float]:
+        """Counters so far, those of `COUNTERS` among them."""
+        ...
+
+
+class InProcess:
+    """An AsyncLLM as target."""
+
+    def __init__(self, llm: AsyncLLM):
+        self._llm, self.vocab_size = llm, llm.builder.limits.vocab_size
+
+    async def outputs(self, prompt: list[int], num_tokens: int, salt: str) -> AsyncIterator[int]:
+        async for delta in self._llm.generate(prompt, greedy(num_tokens), cache_salt=salt):
+            yield len(delta.token_ids)
+
+    async def stats(self) -> Mapping[str, float]:
+        return await self._llm.stats()
 
 
 @dataclasses.dataclass
@@ -121,27 +151,27 @@ class _Times:
         }
 
 
-async def _one(llm: AsyncLLM, arrival: Arrival, begin: float, salt: str) -> _Times:
+async def _one(target: Target, arrival: Arrival, begin: float, salt: str) -> _Times:
     at, prompt, count = arrival
     await asyncio.sleep(max(begin + at - time.perf_counter(), 0))
     times = _Times(time.perf_counter())
-    async for delta in llm.generate(prompt, greedy(count), cache_salt=salt):
-        if delta.token_ids:
+    async for num_tokens in target.outputs(prompt, count, salt):
+        if num_tokens:
             times.outputs.append(time.perf_counter())
-            times.num_tokens += len(delta.token_ids)
+            times.num_tokens += num_tokens
     if times.num_tokens != count:
         raise RuntimeError(f"{times.num_tokens} tokens instead of {count}")
     return times
 
 
 async def _run(
-    llm: AsyncLLM, arrivals: Sequence[Arrival], rate: float, salt: str, goodput: Mapping[str, float]
+    target: Target, arrivals: Sequence[Arrival], rate: float, salt: str, goodput: Mapping[str, float]
 ) -> ServeResult:
-    before = await llm.stats()
+    before = await target.stats()
     begin = time.perf_counter()
-    times = await asyncio.gather(*(_one(llm, arrival, begin, salt) for arrival in arrivals))
+    times = await asyncio.gather(*(_one(target, arrival, begin, salt) for arrival in arrivals))
     seconds = time.perf_counter() - begin
-    after = await llm.stats()
+    after = await target.stats()
     figures = [t.figures() for t in times]
     good = sum(all(each[name] <= limit for name, limit in goodput.items()) for each in figures)
     tokens_in, tokens_out = sum(len(prompt) for _, prompt, _ in arrivals), sum(t.num_tokens for t in times)
@@ -177,23 +207,23 @@ def median_of(results: Sequence[Any]) -> Any:
 
 
 async def serve_rates(
-    llm: AsyncLLM, work: ServeWork, on_result: Callable[[list[RateResult]], None] = lambda _: None
+    target: Target, work: ServeWork, on_result: Callable[[list[RateResult]], None] = lambda _: None
 ) -> list[RateResult]:
     """Every rate's runs, after a few requests that are not counted.
 
     Each run has a cache salt of its own, so that no prompt is found in the prefix cache. `on_result` gets all that is
     there after every run. Raises any of jaxllm.errors.
     """
-    vocab_size = llm.builder.limits.vocab_size
+    vocab_size = target.vocab_size
     n, mean_in, mean_out = work.num_requests, work.mean_in, work.mean_out
     first = poisson_arrivals(vocab_size, 1000.0, min(n, 8), mean_in, min(mean_out, 16))
-    await _run(llm, first, 1000.0, "first", {})
+    await _run(target, first, 1000.0, "first", {})
     results: list[RateResult] = []
     for rate in work.rates:
         arrivals = poisson_arrivals(vocab_size, rate, n, mean_in, mean_out)
         runs: list[ServeResult] = []
         for run in range(max(work.runs, 1)):
-            runs.append(await _run(llm, arrivals, rate, f"{rate} {run}", work.goodput))
+            runs.append(await _run(target, arrivals, rate, f"{rate} {run}", work.goodput))
             if run == 0:
                 results.append(RateResult(rate, runs[0], runs))
             results[-1].median = median_of(runs)
@@ -207,4 +237,4 @@ async def run_serve(model: str, options: dict[str, Any], work: ServeWork, *, war
         async with AsyncLLM(path, **options) as llm:
             if warm_up:
                 await llm.warm_up()
-            return await serve_rates(llm, work)
+            return await serve_rates(InProcess(llm), work)

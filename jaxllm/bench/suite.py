@@ -22,7 +22,7 @@ from jaxllm.bench.memory import measure_memory
 from jaxllm.bench.models import bench_model, model_name
 from jaxllm.bench.parity import measure_parity
 from jaxllm.bench.results import Part, path_of, save
-from jaxllm.bench.serve import ServeWork, serve_rates
+from jaxllm.bench.serve import InProcess, ServeWork, serve_rates
 from jaxllm.bench.session import Session, open_session
 from jaxllm.bench.start import StartResult, measure_start
 from jaxllm.bench.throughput import choose_workloads, run_throughput, workload
@@ -218,7 +218,7 @@ async def _serve(session: Session, work: ServeWork, on_result: Callable[[list], 
     from jaxllm.async_llm import AsyncLLM
 
     async with AsyncLLM(engine=session.engine) as llm:
-        await serve_rates(llm, work, on_result)
+        await serve_rates(InProcess(llm), work, on_result)
 
 
 def run_suite(suite: Suite, say: Callable[[str], None], done: Callable[[Part], None]) -> list[str]:

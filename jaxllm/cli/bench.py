@@ -228,6 +228,8 @@ def latency(
 def serve(
     *,
     runs: Annotated[int, typer.Option(min=1, help="runs at each rate; medians are shown")] = 1,
+    url: Annotated[str | None, typer.Option(help="send them to this server of --model instead (no /v1)")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="JAXLLM_API_KEY", help="with --url")] = None,
     options: Written,
     arrivals: Arrivals,
     engine: dict,
@@ -238,9 +240,20 @@ def serve(
     from jaxllm.bench.models import model_name
     from jaxllm.bench.serve import run_serve
     from jaxllm.config import config_from
+    from jaxllm.errors import InvalidRequestError
 
     _check_plot(options)
     work = _work(arrivals, [4.0], runs)
+    console = report.console()
+    if url is not None:
+        if engine:
+            raise InvalidRequestError("url", url, f"the server has its own settings: leave out {', '.join(engine)}")
+        from jaxllm.bench.served import run_served
+
+        results = asyncio.run(run_served(url, options.model, work, api_key))
+        facts = gather(model_name(options.model), {}, device="server", num_devices=1, dtype="", commit=options.commit)
+        _show(console, options, "serve", facts, results)
+        return
     settings = {"warm_up": options.compile_first, **engine}
     results = asyncio.run(run_serve(options.model, settings, work, warm_up=options.compile_first))
 
@@ -257,7 +270,6 @@ def serve(
         dtype=resolve_dtype(config).name,
         commit=options.commit,
     )
-    console = report.console()
     report.print_facts(console, facts)
     _show(console, options, "serve", facts, results)
 
