@@ -17,49 +17,11 @@ from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, Jax
 from jaxllm.frontend.collector import RequestCollector
 from jaxllm.frontend.embedding import embedding_output
 from jaxllm.frontend.engine import FrontEngine, Message, start_engine
-from jaxllm.frontend.inputs import Prompt
+from jaxllm.frontend.inputs import PreparedRequest, Prompt
 from jaxllm.frontend.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
+from jaxllm.frontend.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
-
-
-class _Live:
-    """A request whose output somebody waits for.
-
-    A slow reader does not make the engine wait nor its memory grow: what it has not read yet is merged into one delta
-    for each sample.
-    """
-
-    def __init__(self, collector: RequestCollector):
-        self.collector = collector
-        self.news = asyncio.Event()
-        self.aborted = asyncio.Event()  # before it got a slot
-        self.unread: dict[int, CompletionOutput] = {}
-        self.error: JaxllmError | None = None
-
-    def put(self, delta: CompletionOutput) -> None:
-        """Adds what is new of one sample."""
-        waiting = self.unread.get(delta.index)
-        if waiting is None:
-            self.unread[delta.index] = delta
-        else:
-            _merge(waiting, delta)
-        self.news.set()
-
-    def fail(self, error: JaxllmError) -> None:
-        """Ends the wait with an error."""
-        self.error = error
-        self.news.set()
-
-
-def _merge(first: CompletionOutput, second: CompletionOutput) -> None:
-    first.text += second.text
-    first.token_ids += second.token_ids
-    first.finish_reason, first.stop_reason, first.error = second.finish_reason, second.stop_reason, second.error
-    if second.logprobs is not None:
-        first.logprobs = [] if first.logprobs is None else first.logprobs
-        first.logprobs += second.logprobs
-        first.cumulative_logprob = (first.cumulative_logprob or 0.0) + (second.cumulative_logprob or 0.0)
 
 
 class AsyncLLM:
@@ -87,9 +49,11 @@ class AsyncLLM:
         self._loop = asyncio.get_running_loop()
         self._engine: FrontEngine = engine or start_engine(config_from(str(model), options))
         self._client, self.builder = self._engine.client, self._engine.builder
-        self._live: dict[str, _Live] = {}  # by sequence id
-        self._requests: dict[str, _Live] = {}  # by request id
-        self._slots = asyncio.Semaphore(max_concurrent_requests)
+        self._live: dict[str, RequestStream] = {}  # by sequence id
+        self._requests: dict[str, RequestStream] = {}  # by request id
+        self._most_running = max_concurrent_requests
+        self._running: set[str] = set()  # requests that the engine has, by id
+        self._waiting: dict[str, PreparedRequest] = {}  # the others
         self._utilities: dict[int, asyncio.Future] = {}
         self._inbox: collections.deque[FromCore] = collections.deque()
         self._called = False  # whether `_take` is about to look into it
@@ -125,8 +89,8 @@ class AsyncLLM:
 
     def live_output(self, request_id: str) -> RequestOutput | None:
         """What a request under way has brought so far, texts left out; None for one that is not."""
-        live = self._requests.get(request_id)
-        return None if live is None else live.collector.output
+        stream = self._requests.get(request_id)
+        return None if stream is None else stream.collector.output
 
     def get_tokenizer(self):
         """The model's tokenizer. Raises InvalidRequestError if it has none."""
@@ -153,6 +117,33 @@ class AsyncLLM:
           QueueFullError: too much waits already.
           EngineDeadError: the engine has ended.
         """
+        stream = self.submit(
+            prompt,
+            sampling_params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            output_token_ids=output_token_ids,
+        )
+        try:
+            while deltas := await stream.read():
+                for delta in deltas:
+                    yield delta
+        finally:
+            self.close_stream(stream)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
+    ) -> RequestStream:
+        """As `generate`, at once, for a caller that reads the stream by itself. Every stream must be given back to
+        `close_stream`."""
         prepared = self.builder.build(
             prompt,
             sampling_params,
@@ -165,65 +156,36 @@ class AsyncLLM:
             raise self._dead
         if prepared.request_id in self._requests:
             raise InvalidRequestError("request_id", prepared.request_id, "must be unique among live requests")
-        collector = RequestCollector(prepared, self.builder.tokenizer)
-        live = self._requests[prepared.request_id] = _Live(collector)
-        try:
-            if not await self._take_slot(live):
-                for index in range(len(prepared.sequences)):
-                    yield CompletionOutput(index, finish_reason="abort")
-                return
+        stream = RequestStream(RequestCollector(prepared, self.builder.tokenizer))
+        self._requests[prepared.request_id] = stream
+        self._waiting[prepared.request_id] = prepared
+        self._start_waiting()
+        return stream
+
+    def close_stream(self, stream: RequestStream) -> None:
+        """Takes a request back, wherever it is: nothing comes of it any more. May be called again."""
+        request_id = stream.collector.output.request_id
+        if self._requests.get(request_id) is not stream:
+            return
+        del self._requests[request_id]
+        self._waiting.pop(request_id, None)
+        if request_id in self._running:
+            self._running.remove(request_id)
+            self._withdraw(stream.collector)
+            self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """Hands requests to the engine, as they came, while it may have more."""
+        while self._waiting and len(self._running) < self._most_running:
+            request_id = next(iter(self._waiting))
+            prepared, stream = self._waiting.pop(request_id), self._requests[request_id]
+            self._running.add(request_id)
             try:
-                if self._dead is not None:
-                    raise self._dead
                 for sequence in prepared.sequences:
-                    self._live[sequence.id] = live
+                    self._live[sequence.id] = stream
                     self._client.send(sequence)
-                async for delta in self._read(live):
-                    yield delta
-            finally:
-                self._withdraw(collector)
-                self._slots.release()
-        finally:
-            del self._requests[prepared.request_id]
-
-    async def _take_slot(self, live: _Live) -> bool:
-        """Waits for one of the concurrent requests' slots; False if the request is aborted first."""
-        slot = asyncio.ensure_future(self._slots.acquire())
-        aborted = asyncio.ensure_future(live.aborted.wait())
-        try:
-            await asyncio.wait({slot, aborted}, return_when=asyncio.FIRST_COMPLETED)
-            if not live.aborted.is_set():
-                return True
-        except asyncio.CancelledError:
-            self._give_up(slot)
-            raise
-        finally:
-            aborted.cancel()
-        self._give_up(slot)
-        for sample in live.collector.output.outputs:
-            sample.finish_reason = "abort"
-        live.collector.output.finished = True
-        return False
-
-    def _give_up(self, slot: asyncio.Future) -> None:
-        if slot.done() and not slot.cancelled():
-            self._slots.release()
-        else:
-            slot.cancel()
-
-    async def _read(self, live: _Live) -> AsyncIterator[CompletionOutput]:
-        while True:
-            await live.news.wait()
-            live.news.clear()
-            deltas, live.unread = list(live.unread.values()), {}
-            for delta in deltas:
-                if live.collector.error is None and (delta.text or delta.token_ids or delta.finished):
-                    yield delta
-            error = live.error or live.collector.error
-            if error is not None:
-                raise error
-            if live.collector.output.finished and not live.unread:
-                return
+            except EngineDeadError as error:
+                stream.fail(error)
 
     async def complete(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
@@ -245,20 +207,26 @@ class AsyncLLM:
     ) -> RequestCollector:
         if options.get("request_id") is None:
             options["request_id"] = f"complete-{next(self._calls)}"
-        request_id = options["request_id"]
-        collector: RequestCollector | None = None
-        async with contextlib.aclosing(self.generate(prompt, params, **options)) as deltas:  # type: ignore[type-var]
-            async for _ in deltas:
-                collector = collector or self._requests[request_id].collector
-        assert collector is not None, "a request ends with at least one delta"
-        return collector
+        stream = self.submit(prompt, params, **options)
+        try:
+            while await stream.read():
+                pass
+        finally:
+            self.close_stream(stream)
+        return stream.collector
 
     async def abort(self, request_id: str) -> None:
         """Ends a request with finish_reason "abort"; unknown ids are ignored."""
-        live = self._requests.get(request_id)
-        if live is not None:
-            live.aborted.set()
-            self._client.send(Finish(live.collector.sequence_ids))
+        stream = self._requests.get(request_id)
+        if stream is None:
+            return
+        if self._waiting.pop(request_id, None) is None:
+            self._client.send(Finish(stream.collector.sequence_ids))
+            return
+        stream.collector.output.finished = True
+        for sample in stream.collector.output.outputs:
+            sample.finish_reason = "abort"
+            stream.put(CompletionOutput(sample.index, finish_reason="abort"))
 
     async def stats(self) -> dict[str, Any]:
         """As in `LLM.stats`."""
@@ -346,29 +314,30 @@ class AsyncLLM:
             self._deliver(sequence_id, those)
 
     def _deliver(self, sequence_id: str, news: SequenceOutput | list[int]) -> None:
-        live = self._live.get(sequence_id)
-        if live is None:
+        stream = self._live.get(sequence_id)
+        if stream is None:
             return
         try:
-            collector = live.collector
+            collector = stream.collector
             delta = collector.add_tokens(sequence_id, news) if isinstance(news, list) else collector.add(news)
         except Exception as error:  # its fault alone: the others' outputs are in the same message
             logger.exception("request %s", sequence_id)
-            live.fail(JaxllmError(f"{type(error).__name__}: {error}"))
+            stream.fail(JaxllmError(f"{type(error).__name__}: {error}"))
             return
         if delta is not None:
             if delta.finished:
                 del self._live[sequence_id]
-            live.put(delta)
-        if live.collector.to_stop:
+            stream.put(delta)
+        if stream.collector.to_stop:
             with contextlib.suppress(EngineDeadError):  # whoever receives gets to know
-                self._client.send(Finish(live.collector.to_stop, reason="stop"))
-            live.collector.to_stop = []
+                self._client.send(Finish(stream.collector.to_stop, reason="stop"))
+            stream.collector.to_stop = []
 
     def _die(self, error: JaxllmError) -> None:
         self._dead = error
-        for live in self._live.values():
-            live.fail(error)
+        for stream in self._requests.values():
+            if not stream.collector.output.finished:
+                stream.fail(error)
         self._live.clear()
         for future in self._utilities.values():
             if not future.done():

@@ -9,9 +9,10 @@ first to the last byte of all streams, and the server's processor time for a tok
 
     python scripts/serving_cost.py --streams 1
 
-sends one request after the other, to an engine that takes 100 steps a second unless --rate says otherwise, the first
-one at once. Figures: from the moment the request is sent to its first token, and from the moment the engine brings a
-token to its arrival here.
+sends one request after the other over one connection, as clients that pool theirs do, to an engine that takes 100 steps
+a second unless --rate says otherwise, the first one at once. Figures: from the moment the request is sent to its first
+token's arrival here, the same without the time in which the engine had it, and from the moment the engine brings any
+other token to its arrival.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ import re
 import statistics
 import time
 from multiprocessing.connection import Connection
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,10 +39,11 @@ def server(port: Connection, tokens: int, streams: int, rate: float | None, prof
     from jaxllm import AsyncLLM
     from jaxllm.bench.stub_engine import stub_engine
     from jaxllm.checkpoint import open_checkpoint
+    from jaxllm.engine import heap
     from jaxllm.serving.app import make_services
     from jaxllm.serving.config import ServerConfig
     from jaxllm.serving.log import set_up_logging
-    from jaxllm.serving.server import bind, run
+    from jaxllm.serving.server import MANY, bind, run
 
     tokenizer = open_checkpoint("smollm2", None).tokenizer()
     set_up_logging("warning", "json")
@@ -52,16 +54,18 @@ def server(port: Connection, tokens: int, streams: int, rate: float | None, prof
         engine = stub_engine(
             tokenizer, lambda _: reply, max_num_seqs=streams, steps_per_second=rate, max_model_len=1 << 20
         )
-        async with AsyncLLM(engine=engine) as llm:
+        async with AsyncLLM(engine=engine, max_concurrent_requests=MANY) as llm:
             if streams > 1:
                 engine.client.loop = asyncio.get_running_loop()  # type: ignore[attr-defined]
             services = make_services(llm, config)
+            heap.freeze(heap.SERVERS_THRESHOLD)
             with contextlib.closing(bind(config)) as bound:
                 work = asyncio.ensure_future(run(services, bound, "stub"))
                 port.send(bound.getsockname()[1])
                 loop = asyncio.get_running_loop()
                 while (asked := await loop.run_in_executor(None, port.recv)) != "end":
-                    port.send(time.process_time() if asked == "time" else engine.client.emitted)  # type: ignore[attr-defined]
+                    client: Any = engine.client
+                    port.send(time.process_time() if asked == "time" else (client.asked, client.emitted))
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
 
@@ -78,10 +82,13 @@ def server(port: Connection, tokens: int, streams: int, rate: float | None, prof
 
 
 class Reader(asyncio.Protocol):
-    """One stream: counts events as they come."""
+    """One stream at a time: counts events as they come."""
 
     def __init__(self, request: bytes):
         self._request = request
+        self._begin()
+
+    def _begin(self) -> None:
         self.events = 0
         self.arrivals: list[float] = []  # of data with events in it
         self.sent = 0.0
@@ -91,8 +98,21 @@ class Reader(asyncio.Protocol):
 
     def connection_made(self, transport) -> None:
         self._transport = transport
+        self.send()
+
+    def send(self) -> None:
+        """Asks for the stream."""
         self.sent = time.perf_counter()
-        transport.write(self._request)
+        self._transport.write(self._request)
+
+    def again(self) -> None:
+        """Asks for the next stream, when one has come to its end."""
+        self._begin()
+        self.send()
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
@@ -103,29 +123,32 @@ class Reader(asyncio.Protocol):
         if events:
             self.arrivals.append(now)
         self.tail = (self.tail + data)[-600:]
-        if b"[DONE]" in self.tail:
-            self._transport.close()
-            if not self.done.done():
-                self.done.set_result(None)
+        if self.tail.endswith(b"[DONE]\n\n\r\n0\r\n\r\n") and not self.done.done():
+            self.done.set_result(None)
 
     def connection_lost(self, error) -> None:
         if not self.done.done():
             self.done.set_exception(RuntimeError(f"the server closed the stream: {self.tail!r}"))
 
 
-async def load(port: int, streams: int, tokens: int, api: str) -> list[Reader]:
-    """All streams at once, to their end."""
+def request(tokens: int, api: str) -> bytes:
+    """Asks for a stream."""
     body = {"model": "stub", "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
     body |= {"prompt": "The"} if api == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
     path = "/v1/completions" if api == "completions" else "/v1/chat/completions"
     text = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
-    loop = asyncio.get_running_loop()
-    made = [
-        await loop.create_connection(lambda: Reader(head.encode() + text), "127.0.0.1", port) for _ in range(streams)
-    ]
+    return head.encode() + text
+
+
+async def load(port: int, streams: int, tokens: int, api: str) -> list[Reader]:
+    """All streams at once, to their end."""
+    loop, asked = asyncio.get_running_loop(), request(tokens, api)
+    made = [await loop.create_connection(lambda: Reader(asked), "127.0.0.1", port) for _ in range(streams)]
     readers = [reader for _, reader in made]
     await asyncio.gather(*(reader.done for reader in readers))
+    for reader in readers:
+        reader.close()
     return readers
 
 
@@ -134,13 +157,20 @@ def median(values: list[float]) -> float:
     return statistics.median(values) * 1e3
 
 
-async def latencies(port: int, requests: int, tokens: int, rate: float, api: str) -> list[Reader]:
-    """One after the other, each when the engine owes no step to the one before."""
-    readers = []
+async def latencies(port: int, requests: int, tokens: int, rate: float, api: str) -> list[tuple[float, list[float]]]:
+    """When each request was sent and its events arrived, one after the other over one connection, each when the engine
+    owes no step to the one before."""
+    loop, asked = asyncio.get_running_loop(), request(tokens, api)
+    _, reader = await loop.create_connection(lambda: Reader(asked), "127.0.0.1", port)
+    await reader.done  # the connection is there
+    found = []
     for _ in range(requests):
         await asyncio.sleep(5 / rate)
-        readers += await load(port, 1, tokens, api)
-    return readers
+        reader.again()
+        await reader.done
+        found.append((reader.sent, reader.arrivals))
+    reader.close()
+    return found
 
 
 def one_stream(ours: Connection, port: int, tokens: int, rate: float, runs: int, api: str) -> None:
@@ -148,17 +178,26 @@ def one_stream(ours: Connection, port: int, tokens: int, rate: float, runs: int,
     import uvloop
 
     for _ in range(runs):
+        ours.send("time")
+        before = ours.recv()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            readers = runner.run(latencies(port, 40, tokens, rate, api))
-        ours.send("emitted")
-        emitted = ours.recv()
-        first = [reader.arrivals[0] - reader.sent for reader in readers]
-        others = [arrival for reader in readers for arrival in reader.arrivals[1:]]
+            streams = runner.run(latencies(port, 40, tokens, rate, api))
+        ours.send("time")
+        used = ours.recv() - before
+        ours.send("steps")
+        asked, emitted = ours.recv()
+        asked = asked[-len(streams) :]
+        first = [arrivals[0] - sent for sent, arrivals in streams]
+        engine = [emitted[bisect.bisect(emitted, at)] - at for at in asked]
+        server = [whole - part for whole, part in zip(first, engine, strict=True)]
+        others = [arrival for _, arrivals in streams for arrival in arrivals[1:]]
         added = [arrival - emitted[bisect.bisect(emitted, arrival) - 1] for arrival in others]
         print(
-            f"{api}, one stream: first token after p50 {median(first):.2f} ms; "
+            f"{api}, one stream: first token p50 {median(first):.2f} ms after the request, "
+            f"{median(server):.2f} ms without the engine's part; "
             f"each other p50 {median(added):.3f} ms p99 {sorted(added)[int(0.99 * len(added))] * 1e3:.2f} ms "
-            f"after the engine ({len(first)} requests, {len(added)} tokens)"
+            f"after the engine; {used / len(streams) * 1e3:.2f} ms of the server's processor a request "
+            f"({len(first)} requests, {len(added)} tokens)"
         )
 
 

@@ -36,7 +36,7 @@ class StubClient:
     Attributes:
       loop: the reader's event loop; once set, a step is brought only when the one before has been dealt with.
       aborted: ids of requests that were ended from outside.
-      emitted: when each step was brought, on the clock of time.perf_counter.
+      asked, emitted: when each request was handed over and each step was brought, on the clock of time.perf_counter.
     """
 
     restarting, num_restarts = False, 0
@@ -51,6 +51,7 @@ class StubClient:
         self.num_steps = 0
         self.loop: asyncio.AbstractEventLoop | None = None
         self.aborted: list[str] = []
+        self.asked: list[float] = []
         self.emitted: list[float] = []
 
     def send(self, message: ToCore) -> None:
@@ -58,6 +59,7 @@ class StubClient:
             if self._closed:
                 raise EngineDeadError("the engine has been closed")
             if isinstance(message, AddRequest):
+                self.asked.append(time.perf_counter())
                 self._live[message.id] = (message, self._reply(message), 0)
             elif isinstance(message, Finish):
                 self.aborted += [name for name in message.ids if self._live.pop(name, None)]

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.errors import InvalidRequestError
@@ -96,32 +97,12 @@ class SamplingParams:
             if not holds:
                 raise InvalidRequestError(field, getattr(self, field), limit)
 
-        need(_integer(self.n) and 1 <= self.n <= MAX_N, "n", f"must be an integer in [1, {MAX_N}]")
-        need(_finite(self.temperature) and self.temperature >= 0, "temperature", "must be finite and at least 0")
-        need(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
-        need(_integer(self.top_k) and self.top_k >= 0, "top_k", "must be in [0, 2**64), or -1 to disable")
-        need(_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "must be in [0, 1]")
-        for field in ("presence_penalty", "frequency_penalty"):
-            need(_finite(getattr(self, field)) and -2 <= getattr(self, field) <= 2, field, "must be in [-2, 2]")
-        need(
-            _finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            "must be finite and above 0",
-        )
-        need(
-            self.seed is None or (_integer(self.seed) and -(2**63) <= self.seed < 2**64),
-            "seed",
-            "must be a 64-bit integer",
-        )
-        need(_integer(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "must be an integer of at least 0")
+        for field, value in self.__dict__.items():
+            if field in _RULES and value is not _DEFAULTS[field]:  # most are not given
+                need(_RULES[field][0](value), field, _RULES[field][1])
         if self.max_tokens is not None:
-            need(_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "must be an integer of at least 1")
             need(self.min_tokens <= self.max_tokens, "min_tokens", f"must not exceed max_tokens={self.max_tokens}")
-        for field in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, field)
-            need(value is None or (_integer(value) and value >= -1), field, "must be at least 0, or -1 for all")
         if self.logit_bias is not None:
-            need(isinstance(self.logit_bias, dict), "logit_bias", "must be a dict from token ids to biases")
             for token, bias in self.logit_bias.items():
                 if not _integer(token) or not _finite(bias) or abs(bias) > MAX_LOGIT_BIAS:
                     limit = f"token ids must be integers and biases in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
@@ -155,3 +136,25 @@ class SamplingParams:
             for token in getattr(self, field) or ():
                 if not 0 <= token < vocab_size:
                     raise InvalidRequestError(field, token, f"token ids must be in [0, {vocab_size})")
+
+
+_PENALTY = (lambda value: _finite(value) and -2 <= value <= 2, "must be in [-2, 2]")
+_COUNT = (lambda value: value is None or (_integer(value) and value >= -1), "must be at least 0, or -1 for all")
+# What each field's value must be, where it is not the default.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n": (lambda value: _integer(value) and 1 <= value <= MAX_N, f"must be an integer in [1, {MAX_N}]"),
+    "temperature": (lambda value: _finite(value) and value >= 0, "must be finite and at least 0"),
+    "top_p": (lambda value: _finite(value) and 0 < value <= 1, "must be in (0, 1]"),
+    "top_k": (lambda value: _integer(value) and value >= 0, "must be in [0, 2**64), or -1 to disable"),
+    "min_p": (lambda value: _finite(value) and 0 <= value <= 1, "must be in [0, 1]"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "repetition_penalty": (lambda value: _finite(value) and value > 0, "must be finite and above 0"),
+    "seed": (lambda value: value is None or _integer(value), "must be a 64-bit integer"),
+    "min_tokens": (lambda value: _integer(value) and value >= 0, "must be an integer of at least 0"),
+    "max_tokens": (lambda value: value is None or (_integer(value) and value >= 1), "must be an integer of at least 1"),
+    "logprobs": _COUNT,
+    "prompt_logprobs": _COUNT,
+    "logit_bias": (lambda value: value is None or isinstance(value, dict), "must be a dict from token ids to biases"),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}

@@ -1,5 +1,6 @@
 """Prompts and parameters to checked requests: everything that can be refused is refused here, before any work."""
 
+import copy
 import dataclasses
 import importlib.util
 import random
@@ -83,18 +84,17 @@ class RequestBuilder:
         seed: int,
     ):
         self.tokenizer, self.limits = tokenizer, limits
-        self._generation_config = generation_config
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        self._defaults = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+        if generation_config.get("max_new_tokens"):
+            self._defaults["max_tokens"] = generation_config["max_new_tokens"]
         self._random = random.Random(seed)
         self.eos_token_ids = eos_token_ids(config, generation_config, tokenizer)
         self._num_requests = 0
 
-    def default_params(self) -> SamplingParams:
-        """SamplingParams with the model's generation_config as defaults, as in vLLM."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        found = {name: self._generation_config[name] for name in names if self._generation_config.get(name) is not None}
-        if self._generation_config.get("max_new_tokens"):
-            found["max_tokens"] = self._generation_config["max_new_tokens"]
-        return SamplingParams(**found)
+    def default_params(self, **given: Any) -> SamplingParams:
+        """SamplingParams of what is given, with the model's generation_config as defaults, as in vLLM."""
+        return SamplingParams(**(self._defaults | given))
 
     def token_ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text, if it is one, and its checked token ids. Raises InvalidRequestError."""
@@ -221,7 +221,8 @@ class RequestBuilder:
             return self.default_params()
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", params, "must be a SamplingParams")
-        params = dataclasses.replace(params)
+        params = copy.copy(params)
+        params.__post_init__()
         for field in ("allowed_token_ids", "stop_token_ids", "stop", "bad_words"):
             if getattr(params, field) is not None:
                 setattr(params, field, list(getattr(params, field)))

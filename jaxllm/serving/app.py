@@ -20,6 +20,7 @@ from jaxllm.serving.heartbeat import Heartbeat
 from jaxllm.serving.metrics import Metrics
 from jaxllm.serving.reasoning import reasoning_style
 from jaxllm.serving.routes import admin, embeddings, generate, models, operations, page, tokenize
+from jaxllm.serving.routes.direct import Shortcut
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import error_response
 from jaxllm.serving.tools import tool_parser
@@ -68,7 +69,8 @@ def make_app(services: Services) -> ASGIApp:
         app.add_exception_handler(kind, _failed)
     for module in (generate, embeddings, models, tokenize, operations, admin, page):
         app.include_router(module.router)
-    inner: ASGIApp = Gate(app, services, page.OPEN_PATHS, generate.PATHS | embeddings.PATHS, admin.PATHS)
+    short = Shortcut(app, generate.ROUTES)
+    inner: ASGIApp = Gate(short, services, page.OPEN_PATHS, generate.PATHS | embeddings.PATHS, admin.PATHS)
     if services.config.allowed_origins:
         origins = list(services.config.allowed_origins)
         inner = CORSMiddleware(inner, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

@@ -46,8 +46,9 @@ async def complete(services: Services, context: Context, body: CompletionRequest
 
 def _params(services: Services, body: CompletionRequest, structure: Structure | None) -> SamplingParams:
     own: dict[str, Any] = {"structured_outputs": None if structure is None else structure.params}
-    default = services.llm.builder.default_params().max_tokens
-    own["max_tokens"] = body.max_tokens if body.max_tokens is not None else default or DEFAULT_MAX_TOKENS
+    own["max_tokens"] = body.max_tokens
+    if body.max_tokens is None:
+        own["max_tokens"] = services.llm.builder.default_params().max_tokens or DEFAULT_MAX_TOKENS
     if body.logprobs is not None:
         own["logprobs"] = body.logprobs
     if body.echo:

@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +53,7 @@ def numbered(request_id: str) -> Context:
 def new_context(headers: Mapping[bytes, bytes]) -> Context:
     """A context with the client's X-Request-Id if it is harmless, else a drawn one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
-    request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-    context = numbered(request_id)
+    context = numbered(given if given and _SAFE_ID.fullmatch(given) else secrets.token_hex(16))
     context.caller = {name.decode(): headers[name].decode("latin-1") for name in HEADERS if name in headers}
     return context
 

@@ -1,14 +1,13 @@
 """One API request's way through the engine: several prompts and samples as one stream of deltas."""
 
-import asyncio
-import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.errors import InvalidRequestError
 from jaxllm.frontend.outputs import CompletionOutput
+from jaxllm.frontend.request_stream import RequestStream, wait_any
 from jaxllm.serving.context import Context
 from jaxllm.serving.errors import ApiError, api_error
 from jaxllm.serving.services import Services
@@ -35,15 +34,20 @@ class Usage:
         }
 
 
+class ClientLeft(Exception):
+    """Nobody reads the answer any more."""
+
+
 class Generation:
     """The samples of some prompts. Choice `prompt * n + sample` is that sample of that prompt.
 
-    A sample that ends with finish_reason "error" ends all of it: iterating raises ApiError with the engine's words.
+    A sample that ends with finish_reason "error" ends all of it: reading raises ApiError with the engine's words.
 
     Attributes:
       names: the client's names of parameters that the engine may refuse, where they differ.
 
-    Use: `await start()`, then iterate, then `await close()` in any case: what has not ended is aborted.
+    Use: `await start()`, then `await read()` until nothing comes, then `close()` in any case: what has not ended
+    is aborted.
     """
 
     def __init__(
@@ -66,9 +70,9 @@ class Generation:
         self._counts = [0] * self.num_choices
         self._ended = [False] * self.num_choices
         self._error: str | None = None
-        self._streams: list[AsyncIterator[CompletionOutput]] = []
-        self._heads: list[asyncio.Task] = []
-        self._pumps: list[asyncio.Task] = []
+        self._streams: list[RequestStream] = []
+        self._unended: dict[int, RequestStream] = {}  # by their prompts' numbers
+        self._begun = [False] * len(prompts)
         self._ticket = services.admission.enter(self.num_choices, self.usage.prompt_tokens)
 
     @property
@@ -80,41 +84,40 @@ class Generation:
         """Submits everything; raises what the engine refuses at once. Any error ends all of it."""
         try:
             for position, prompt in enumerate(self._prompts):
-                stream = self._services.llm.generate(
-                    {"prompt_token_ids": prompt},
-                    self._params,
-                    request_id=f"{self._context.number}.{position}",
-                    priority=self._priority,
-                    cache_salt=self._salt,
+                self._streams.append(
+                    self._services.llm.submit(
+                        {"prompt_token_ids": prompt},
+                        self._params,
+                        request_id=f"{self._context.number}.{position}",
+                        priority=self._priority,
+                        cache_salt=self._salt,
+                    )
                 )
-                self._streams.append(stream)
-                self._heads.append(asyncio.ensure_future(anext(stream)))
-            await asyncio.sleep(0)  # the heads have been checked then, and submitted
-            patience = GRAMMAR_WAIT if self.has_grammar else FIRST_WAIT
-            await asyncio.wait(self._heads, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            for position, head in enumerate(self._heads):
-                if head.done():
-                    await self._head(position)
-        except BaseException:
+            self._unended = dict(enumerate(self._streams))
+            await wait_any(self._streams, GRAMMAR_WAIT if self.has_grammar else FIRST_WAIT)
+            for stream in self._streams:
+                if stream.error is not None:
+                    raise self._by_its_name(stream.error)
+        except BaseException as error:
             self._ended = [True] * self.num_choices  # refused: there was no sample that could end
-            await self.close()
+            self.close()
+            if isinstance(error, InvalidRequestError):
+                raise self._by_its_name(error) from None
             raise
 
-    async def _head(self, position: int) -> CompletionOutput:
-        """A prompt's first output. Raises what the engine refuses, by the client's name."""
-        try:
-            return await self._heads[position]
-        except InvalidRequestError as error:
-            raise api_error(error, self.names) from error
+    def _by_its_name(self, error: Exception) -> Exception:
+        """What the engine refuses, by the client's name."""
+        return api_error(error, self.names) if isinstance(error, InvalidRequestError) else error
 
-    async def close(self) -> None:
-        """Ends what has not ended."""
-        for task in (*self._heads, *self._pumps):
-            task.cancel()
-        await asyncio.gather(*self._heads, *self._pumps, return_exceptions=True)
+    def cut_off(self) -> None:
+        """Nobody is there to read any more: `read` raises ClientLeft."""
         for stream in self._streams:
-            with contextlib.suppress(Exception):
-                await stream.aclose()  # type: ignore[attr-defined]
+            stream.fail(ClientLeft())
+
+    def close(self) -> None:
+        """Ends what has not ended."""
+        for stream in self._streams:
+            self._services.llm.close_stream(stream)
         if self._streams:
             self._streams = []
             for index, ended in enumerate(self._ended):
@@ -148,54 +151,34 @@ class Generation:
         seconds = time.perf_counter() - self._context.begin
         self._services.tracing.request(seconds, self._context.caller, attributes, self._error)
 
-    def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
-        return self._one() if len(self._streams) == 1 else self._several()
+    async def read(self) -> list[tuple[int, CompletionOutput]]:
+        """What is new, by choice; waits for it. Empty at the end."""
+        found: list[tuple[int, CompletionOutput]] = []
+        while self._unended and not found:
+            await wait_any(self._unended.values())
+            for position, stream in list(self._unended.items()):
+                try:
+                    deltas = stream.take()
+                except InvalidRequestError as error:
+                    raise self._by_its_name(error) from error
+                if deltas:
+                    if not self._begun[position]:
+                        self._begin(position)
+                    found += [(position * self._params.n + delta.index, delta) for delta in deltas]
+                elif deltas is not None:
+                    del self._unended[position]
+        for index, delta in found:
+            self._measure(index, delta)
+        return found
 
-    async def _one(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
-        stream = self._streams[0]
-        delta = await self._head(0)
-        self._begun(0)
-        self._measure(delta.index, delta)
-        yield delta.index, delta
-        async for delta in stream:
-            self._measure(delta.index, delta)
-            yield delta.index, delta
-
-    async def _several(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
-        queue: asyncio.Queue[tuple[int, CompletionOutput | BaseException | None]] = asyncio.Queue(64)
-        self._pumps = [asyncio.create_task(self._pump(position, queue)) for position in range(len(self._streams))]
-        left = len(self._pumps)
-        while left:
-            position, news = await queue.get()
-            if news is None:
-                left -= 1
-            elif isinstance(news, BaseException):
-                raise news
-            else:
-                index = position * self._params.n + news.index
-                self._measure(index, news)
-                yield index, news
-
-    async def _pump(self, position: int, queue: asyncio.Queue) -> None:
-        """One prompt's deltas into the queue; a reader that is slow makes it wait, and the engine merges them."""
-        try:
-            head = await self._head(position)
-            self._begun(position)
-            await queue.put((position, head))
-            async for delta in self._streams[position]:
-                await queue.put((position, delta))
-            await queue.put((position, None))
-        except Exception as error:
-            await queue.put((position, error))
-
-    def _begun(self, position: int) -> None:
+    def _begin(self, position: int) -> None:
         """A prompt's first output is there."""
-        output = self._services.llm.live_output(f"{self._context.number}.{position}")
-        if output is not None:
-            self.usage.cached_tokens += output.num_cached_tokens
-            if output.queue_time is not None:
-                self._metrics.queue_time.observe(output.queue_time)
-                self._context.log.setdefault("queue_s", round(output.queue_time, 6))
+        self._begun[position] = True
+        output = self._streams[position].collector.output
+        self.usage.cached_tokens += output.num_cached_tokens
+        if output.queue_time is not None:
+            self._metrics.queue_time.observe(output.queue_time)
+            self._context.log.setdefault("queue_s", round(output.queue_time, 6))
         self._ticket.started()
 
     def _measure(self, index: int, delta: CompletionOutput) -> None:

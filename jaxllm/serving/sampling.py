@@ -1,7 +1,6 @@
 """From a request's fields to SamplingParams and checked prompts."""
 
 import asyncio
-import dataclasses
 from typing import Any
 
 from jaxllm.core.sampling_params import SamplingParams
@@ -27,7 +26,7 @@ def sampling_params(services: Services, body: Sampling, **own: Any) -> SamplingP
     Raises ApiError or InvalidRequestError naming the field and the limit.
     """
     config = services.config
-    given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None} | own
+    given = {name: value for name in _SAME if (value := getattr(body, name)) is not None} | own
     if given.get("n", 1) > config.max_n:
         raise refuse("n", body.n, f"at most {config.max_n} (--max-n)")
     if given.get("prompt_logprobs") is not None and body.stream:
@@ -39,7 +38,7 @@ def sampling_params(services: Services, body: Sampling, **own: Any) -> SamplingP
             raise refuse(name, asked, f"at most {most} (--max-logprobs)")
     if body.stream_options is not None and not body.stream:
         raise refuse("stream_options", body.stream_options.model_dump(exclude_none=True), "needs stream=true")
-    return dataclasses.replace(services.llm.builder.default_params(), **given)
+    return services.llm.builder.default_params(**given)
 
 
 async def encode(services: Services, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

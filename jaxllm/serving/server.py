@@ -107,6 +107,7 @@ async def run(
         http="httptools",
         ws="none",
         server_header=False,
+        proxy_headers=False,  # nothing asks for the client's address
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
         backlog=4096,

@@ -1,7 +1,6 @@
 """Answers: whole as JSON or as server-sent events, ended early when the client leaves or the deadline passes."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Coroutine
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from jaxllm.frontend.outputs import CompletionOutput
 from jaxllm.serving.context import Context
 from jaxllm.serving.errors import ApiError, api_error
-from jaxllm.serving.generation import Generation
+from jaxllm.serving.generation import ClientLeft, Generation
 from jaxllm.serving.services import Services
 
 logger = logging.getLogger(__name__)
@@ -76,12 +75,13 @@ def deadline(services: Services, context: Context) -> float | None:
 async def collect(answer: Answer, until: float | None = None) -> dict[str, Any]:
     """The whole answer of a started generation. Raises any of jaxllm.errors, TimeoutError."""
     try:
-        async with asyncio.timeout_at(until), contextlib.aclosing(aiter(answer.generation)) as deltas:  # type: ignore[type-var]
-            async for index, delta in deltas:
-                answer.add(index, delta)
+        async with asyncio.timeout_at(until):
+            while deltas := await answer.generation.read():
+                for index, delta in deltas:
+                    answer.add(index, delta)
         return answer.body()
     finally:
-        await answer.generation.close()
+        answer.generation.close()
 
 
 async def respond(request: Request, services: Services, context: Context, answer: Answer) -> Response:
@@ -155,33 +155,36 @@ class EventStream(Response):
         self._answer, self._until = answer, until
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._write(send))
+        generation = self._answer.generation
         left = asyncio.ensure_future(_left(receive))
+        left.add_done_callback(lambda _: generation.cut_off())
         try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            await self._write(send)
+        except ClientLeft:
+            pass
         finally:
             left.cancel()
-            work.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
-            await self._answer.generation.close()
+            generation.close()
 
     async def _write(self, send: Send) -> None:
         answer = self._answer
+        generation = answer.generation
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
         try:
-            first = answer.begin()
-            async with asyncio.timeout_at(self._until), contextlib.aclosing(aiter(answer.generation)) as deltas:  # type: ignore[type-var]
-                async for index, delta in deltas:
-                    data = answer.events(index, delta)
-                    if data or first:
-                        await send({"type": "http.response.body", "body": first + data, "more_body": True})
-                        first = b""
-            last = first + answer.end()
+            data = answer.begin()
+            async with asyncio.timeout_at(self._until):
+                while deltas := await generation.read():
+                    for index, delta in deltas:
+                        data += answer.events(index, delta)
+                    if data:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+                        data = b""
+            data += answer.end()
+        except ClientLeft:
+            raise
         except Exception as error:
             failure = api_error(error)
             if failure.status == 500 and failure is not error:
                 logger.exception("a stream has failed")
-            last = answer.error(failure)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+            data = answer.error(failure)
+        await send({"type": "http.response.body", "body": data, "more_body": False})

@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
     """The value rebuilt of JSON types, so that a template meets no object with methods of its own."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if isinstance(value, Mapping):
+    if type(value) is dict or isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]

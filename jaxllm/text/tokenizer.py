@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from jaxllm.text.chat_template import ChatTemplate
 
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 REPLACEMENT = "�"
 
 
@@ -165,4 +166,4 @@ class Tokenizer:
 
 def utf8_decoder() -> codecs.IncrementalDecoder:
     """An incremental decoder whose output, concatenated, is `bytes.decode("utf-8", "replace")`."""
-    return codecs.getincrementaldecoder("utf-8")("replace")
+    return _UTF8("replace")

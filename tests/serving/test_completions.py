@@ -215,8 +215,14 @@ def test_what_is_no_json_is_refused(server):
     ):
         answer = server.http.post("/v1/completions", content=text, headers={"content-type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
-    answer = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
-    assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+    for kind in ("text/plain", "text/json", "application/jsonp", "application", ""):
+        answer = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": kind})
+        assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+    for kind in ("Application/JSON; charset=utf-8", "application/vnd.api+json"):
+        answer = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": kind})
+        assert answer.status_code == 200
+    answer = server.http.get("/v1/completions")
+    assert answer.status_code == 405
     text = json.dumps({"prompt": "\ud800"})
     answer = server.http.post("/v1/completions", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "surrogate" in answer.json()["error"]["message"]

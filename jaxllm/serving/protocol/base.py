@@ -22,20 +22,30 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     REFUSED: ClassVar[Mapping[str, Refusal]] = {}
+    _known: ClassVar[Mapping[str, Refusal]] = {}  # REFUSED with the base classes' own
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        cls._known = {name: entry for owner in reversed(cls.__mro__) for name, entry in _refused(owner).items()}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or cls._known.keys().isdisjoint(data):
             return data
-        known = [(owner, name) for owner in cls.__mro__ for name in getattr(owner, "__dict__", {}).get("REFUSED", ())]
         left = dict(data)
-        for owner, name in known:
+        for name, entry in cls._known.items():
             if name in left:
-                value, entry = left.pop(name), owner.__dict__["REFUSED"][name]
+                value = left.pop(name)
                 if value is not None and not any(type(value) is type(item) and value == item for item in entry.neutral):
                     raise PydanticCustomError("unsupported", "{why}", {"why": entry.why, "field": name, "value": value})
         return left
+
+
+def _refused(owner: type) -> Mapping[str, Refusal]:
+    """A class's own REFUSED."""
+    return owner.__dict__.get("REFUSED", {})
 
 
 def text_of(value: Any) -> str:

@@ -9,9 +9,10 @@ from jaxllm.serving.protocol.completions import CompletionRequest
 from jaxllm.serving.protocol.responses import ResponsesRequest
 from jaxllm.serving.responses import respond_to
 from jaxllm.serving.routes.dependencies import ContextOf, ServicesOf
+from jaxllm.serving.routes.direct import DirectRoute
 from jaxllm.serving.streaming import respond
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post("/v1/completions")
@@ -38,4 +39,5 @@ async def create_response(
     return await respond(request, services, context, await respond_to(services, context, body))
 
 
-PATHS = frozenset(route.path for route in router.routes)  # type: ignore[attr-defined]
+ROUTES = [route for route in router.routes if isinstance(route, DirectRoute)]
+PATHS = frozenset(route.path for route in ROUTES)
