@@ -73,6 +73,8 @@ class Generation:
         self._streams: list[RequestStream] = []
         self._unended: dict[int, RequestStream] = {}  # by their prompts' numbers
         self._begun = [False] * len(prompts)
+        self._unmeasured: list[tuple[int, CompletionOutput]] = []  # read at `_read_at`
+        self._read_at = 0.0
         self._ticket = services.admission.enter(self.num_choices, self.usage.prompt_tokens)
 
     @property
@@ -116,6 +118,7 @@ class Generation:
 
     def close(self) -> None:
         """Ends what has not ended."""
+        self._measure()
         for stream in self._streams:
             self._services.llm.close_stream(stream)
         if self._streams:
@@ -153,6 +156,7 @@ class Generation:
 
     async def read(self) -> list[tuple[int, CompletionOutput]]:
         """What is new, by choice; waits for it. Empty at the end."""
+        self._measure()
         found: list[tuple[int, CompletionOutput]] = []
         while self._unended and not found:
             await wait_any(self._unended.values())
@@ -167,9 +171,31 @@ class Generation:
                     found += [(position * self._params.n + delta.index, delta) for delta in deltas]
                 elif deltas is not None:
                     del self._unended[position]
-        for index, delta in found:
-            self._measure(index, delta)
+        self._unmeasured, self._read_at = found, time.perf_counter()
+        for _, delta in found:
+            self.usage.completion_tokens += len(delta.token_ids)
+            if delta.finish_reason == "error":
+                self._error = delta.error
+                raise ApiError(500, delta.error or "the engine has given up this sample", None, "generation_error")
         return found
+
+    def _measure(self) -> None:
+        """Counts what was read last: not before it has been sent on."""
+        found, self._unmeasured = self._unmeasured, []
+        metrics, context, now = self._metrics, self._context, self._read_at
+        for index, delta in found:
+            if count := len(delta.token_ids):
+                self._counts[index] += count
+                metrics.generated += count
+                if self._first[index]:
+                    metrics.itl.observe(now - self._last[index])
+                else:
+                    self._first[index] = now
+                    metrics.ttft.observe(now - context.begin)
+                    context.log.setdefault("ttft_s", round(now - context.begin, 6))
+                self._last[index] = now
+            if delta.finish_reason is not None:
+                self._end(index, delta.finish_reason, now)
 
     def _begin(self, position: int) -> None:
         """A prompt's first output is there."""
@@ -180,26 +206,6 @@ class Generation:
             self._metrics.queue_time.observe(output.queue_time)
             self._context.log.setdefault("queue_s", round(output.queue_time, 6))
         self._ticket.started()
-
-    def _measure(self, index: int, delta: CompletionOutput) -> None:
-        now = time.perf_counter()
-        count = len(delta.token_ids)
-        if count:
-            self.usage.completion_tokens += count
-            self._counts[index] += count
-            self._metrics.generated += count
-            if self._first[index]:
-                self._metrics.itl.observe(now - self._last[index])
-            else:
-                self._first[index] = now
-                self._metrics.ttft.observe(now - self._context.begin)
-                self._context.log.setdefault("ttft_s", round(now - self._context.begin, 6))
-            self._last[index] = now
-        if delta.finish_reason is not None:
-            self._end(index, delta.finish_reason, now)
-            if delta.finish_reason == "error":
-                self._error = delta.error
-                raise ApiError(500, delta.error or "the engine has given up this sample", None, "generation_error")
 
     def _end(self, index: int, reason: str, now: float) -> None:
         metrics, count = self._metrics, self._counts[index]
