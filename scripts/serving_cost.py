@@ -12,7 +12,8 @@ first to the last byte of all streams, and the server's processor time for a tok
 sends one request after the other over one connection, as clients that pool theirs do, to an engine that takes 100 steps
 a second unless --rate says otherwise, the first one at once. Figures: from the moment the request is sent to its first
 token's arrival here, the same without the time in which the engine had it, and from the moment the engine brings any
-other token to its arrival.
+other token to its arrival. Five steps' time lies between two requests, in which the processor's caches forget the server
+where others use them, too; with --rate 20000 the engine is as good as instant, and requests follow at once.
 """
 
 import asyncio
@@ -173,7 +174,7 @@ async def latencies(port: int, requests: int, tokens: int, rate: float, api: str
     return found
 
 
-def one_stream(ours: Connection, port: int, tokens: int, rate: float, runs: int, api: str) -> None:
+def one_stream(ours: Connection, port: int, requests: int, tokens: int, rate: float, runs: int, api: str) -> None:
     """Prints what the server adds to a lone stream's times."""
     import uvloop
 
@@ -181,7 +182,7 @@ def one_stream(ours: Connection, port: int, tokens: int, rate: float, runs: int,
         ours.send("time")
         before = ours.recv()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            streams = runner.run(latencies(port, 40, tokens, rate, api))
+            streams = runner.run(latencies(port, requests, tokens, rate, api))
         ours.send("time")
         used = ours.recv() - before
         ours.send("steps")
@@ -206,6 +207,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="tokens of each")] = 400,
     runs: Annotated[int, typer.Option(help="runs; each is printed")] = 3,
     rate: Annotated[float | None, typer.Option(help="steps/s of the engine; default: as fast as the server")] = None,
+    requests: Annotated[int, typer.Option(help="of a lone stream's runs")] = 40,
     api: Annotated[str, typer.Option(help="completions or chat")] = "chat",
     profile: Annotated[str | None, typer.Option(help="write the server's cProfile here")] = None,
 ) -> None:
@@ -221,7 +223,7 @@ def main(
     port = ours.recv()
     time.sleep(1)
     if streams == 1:
-        one_stream(ours, port, tokens, rate or 100.0, runs, api)
+        one_stream(ours, port, requests, tokens, rate or 100.0, runs, api)
     for _ in range(runs if streams > 1 else 0):
         ours.send("time")
         before = ours.recv()

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -124,6 +125,9 @@ class CoreProcess:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self.pid = self._process.pid
         self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
+        # Connection.poll makes a selector each time, while streams wait for this thread to let go of the interpreter.
+        self._poller = select.poll()
+        self._poller.register(self._connection.fileno(), select.POLLIN)
         self._lock = threading.Lock()
         self._closed = False
         self._last_words: Exception | None = None
@@ -167,7 +171,7 @@ class CoreProcess:
             raise self._last_words
         messages: list[FromCore] = []
         try:
-            while self._connection.poll(0 if messages else timeout):
+            while self._poller.poll(0 if messages else timeout * 1000):  # milliseconds
                 messages.append(self._receive_one())
         except (OSError, JaxllmError) as error:
             self._last_words = self._death() if isinstance(error, OSError) else error
