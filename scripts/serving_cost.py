@@ -12,7 +12,7 @@ first to the last byte of all streams, and the server's processor time for a tok
 sends one request after the other over one connection, as clients that pool theirs do, to an engine that takes 100 steps
 a second unless --rate says otherwise, the first one at once. Figures: from the moment the request is sent to its first
 token's arrival here, the same without the time in which the engine had it, and from the moment the engine brings any
-other token to its arrival. Five steps' time lies between two requests, in which the processor's caches forget the server
+other token to its arrival. Five steps' time lies between two requests, in which a processor's caches forget the server
 where others use them, too; with --rate 20000 the engine is as good as instant, and requests follow at once.
 """
 
