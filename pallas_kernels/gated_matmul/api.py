@@ -4,16 +4,20 @@ import importlib
 
 import jax
 
-BACKENDS = ("reference", "gpu")
+BACKENDS = ("reference", "gpu", "tpu")
 
 
 def has_kernel(x: jax.Array, weight: jax.Array, activation: str, backend: str) -> bool:
     """Whether `backend` has a kernel for these shapes that is worth it; "reference" takes all."""
-    if backend != "gpu":
-        return backend == "reference"
-    from . import gpu  # Pallas takes time to import
+    if backend == "gpu":
+        from . import gpu  # Pallas takes time to import
 
-    return gpu.supports(x, weight, activation, gpu.tuned())
+        return gpu.supports(x, weight, activation, gpu.tuned())
+    if backend == "tpu":
+        from . import tpu
+
+        return tpu.supports(x, weight, activation)
+    return backend == "reference"
 
 
 def gated_matmul(x: jax.Array, weight: jax.Array, *, activation: str, backend: str) -> jax.Array:
