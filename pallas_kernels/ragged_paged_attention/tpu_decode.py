@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..mosaic_tpu import keep_in_vmem, result
 from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
 from .tpu_sizes import LANES, DecodeSizes, bundle_heads
 from .types import AttentionMetadata
@@ -224,6 +225,7 @@ def decode(
     cap: float | None,
     sinks: jax.Array | None,
     vmem_limit_bytes: int,
+    stay_bytes: int,
     interpret,
 ) -> tuple[jax.Array, jax.Array]:
     """Serves the leading num_decodes rows.
@@ -234,6 +236,7 @@ def decode(
       cache: [num_pages, num_kv_heads, page_size, cache lanes]; updated in place where donated.
       scale: float32[1].
       sinks: float32[num_heads] or None.
+      stay_bytes: the most that queries, new keys and values, or the output may take up in VMEM around the call.
 
     Returns:
       (out [R, num_heads, lanes], in which rows from num_decodes on hold anything; cache).
@@ -267,6 +270,7 @@ def decode(
 
     in_specs = [tables_spec(0), tables_spec(1), rows_spec(q_heads, lanes), rows_spec(heads, cache_lanes)]
     operands = [tables, tables, by_part(q, q_heads), by_part(new, heads)]
+    operands[2:] = [keep_in_vmem(x, stay_bytes, interpret) for x in operands[2:]]
     body = functools.partial(_body, sizes=sizes, window=window, cap=cap)
     if sinks is None:
         body = functools.partial(_without_sinks, body)
@@ -294,7 +298,7 @@ def decode(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((parts, steps * sizes.rows, q_heads, lanes), q.dtype),
+            result((parts, steps * sizes.rows, q_heads, lanes), q.dtype, stay_bytes, interpret),
             pltpu.HBM(cache.shape, cache.dtype),
         ],
         input_output_aliases={len(scalars) + len(operands) - 1: 1},

@@ -5,12 +5,12 @@ segment: one row's part of one block (`tpu_plan.segments`). Segments of a block 
 state; what is not the segment's own is masked. Keys and values come in blocks of pages through two buffers, the next
 block while one is computed, on into the next segment.
 
-Blocks of keys that all queries of a full block see whole skip the masks. Of a segment that is short, or sees few of the
-keys, only some parts of the block are computed.
+A block is as many tokens as VMEM has room for, up to all of the step's: keys and values are read once for each. Within
+it they meet the queries by chunks, whose size is that of a good product (see `tpu_sizes`). Keys that all queries of a
+full chunk see whole skip the masks. Of a segment that is short, or sees few of the keys, only some parts of a chunk are
+computed.
 
-Bytes: a row's keys and values are read once for each of its blocks of queries. With 2048 tokens of 32 query heads, 8
-key-value heads of 128 lanes (blocks of 128 tokens: v5e) that is 16 times half the row, 71 MB instead of 8; the products
-take 34 GFLOP. The chip's operations a byte set the block's size, so that the products take longer (see `tpu_sizes`).
+Bytes: a row's keys and values are read once for each of its blocks of queries, of those up to the block's end.
 """
 
 import functools
@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..mosaic_tpu import keep_in_vmem
 from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
 from .tpu_plan import segments
 from .tpu_sizes import LANES, PrefillSizes, floor_pow2
@@ -59,8 +60,8 @@ def _body(
     page_size = cache.shape[2]
     _, heads, keys, cache_lanes = buffers.shape
     group, lanes = q.shape[0] // heads, q.shape[2]
-    tokens = sizes.tokens
-    part_tokens = min(tokens, max(PART_TOKENS, floor_pow2(PART_ROWS // group)))
+    tokens, chunk = sizes.tokens, sizes.chunk
+    part_tokens = min(chunk, max(PART_TOKENS, floor_pow2(PART_ROWS // group)))
     tile = 32 // buffers.dtype.itemsize
     pages_per_block = keys // page_size
     last_segment = pl.num_programs(1) - 1
@@ -167,15 +168,15 @@ def _body(
         token = at + (lax.broadcasted_iota(jnp.int32, (group * width, LANES), 0) & (width - 1))
         return jnp.where((token >= low) & (token < high), token + (origin - first_key), NOTHING)
 
-    def attend_whole(buffer, last_seen):
+    def attend_whole(buffer, base, last_seen):
         @pl.loop(0, heads)
         def _head(head):
-            attend(head, buffer, 0, tokens, last_seen)
+            attend(head, buffer, base, chunk, last_seen)
 
-    def attend_parts(buffer, first_key, first_part, parts_end):
+    def attend_parts(buffer, base, first_key, first_part, parts_end):
         @pl.loop(first_part, parts_end)
         def _part(index):
-            at = pl.multiple_of(index * part_tokens, part_tokens)
+            at = pl.multiple_of(base + index * part_tokens, part_tokens)
             last_seen = seen_from(at, part_tokens, first_key)
 
             @pl.loop(0, heads)
@@ -205,45 +206,52 @@ def _body(
         def _clear():
             clear_from(buffer, end - first_key)
 
-        all_seen = (low == 0) & (high == tokens) & (first_key + keys <= origin + 1)
+        # The tokens of which one sees a key, then those of a chunk.
+        from_token, to_token = jnp.maximum(low, first_key - origin), high
         if window is not None:
-            all_seen &= first_key >= origin + tokens - window
-        # The parts in which a query of the segment sees a key; all of them in one go where they are many.
-        first_part = lax.div(jnp.maximum(low, first_key - origin), part_tokens)
-        past_last = high
-        if window is not None:
-            past_last = jnp.minimum(high, first_key + keys - 1 + window - origin)
-        parts_end = cdiv(past_last, part_tokens)
-        few = (part_tokens < tokens) & (2 * (parts_end - first_part) * part_tokens <= tokens)
+            to_token = jnp.minimum(high, first_key + keys - 1 + window - origin)
 
-        @pl.when(all_seen)
-        def _whole_without_masks():
-            attend_whole(buffer, None)
+        @pl.loop(lax.div(from_token, chunk), cdiv(to_token, chunk))
+        def _chunk(index):
+            base = pl.multiple_of(index * chunk, chunk)
+            all_seen = (low <= base) & (high >= base + chunk) & (first_key + keys <= origin + base + 1)
+            if window is not None:
+                all_seen &= first_key >= origin + base + chunk - window
+            # The parts in which a query of the segment sees a key; all of them in one go where they are many.
+            first_part = lax.div(jnp.maximum(from_token - base, 0), part_tokens)
+            parts_end = cdiv(jnp.minimum(to_token - base, chunk), part_tokens)
+            few = (part_tokens < chunk) & (2 * (parts_end - first_part) * part_tokens <= chunk)
 
-        if part_tokens < tokens:
+            @pl.when(all_seen)
+            def _whole_without_masks():
+                attend_whole(buffer, base, None)
 
-            @pl.when(few)
-            def _parts():
-                attend_parts(buffer, first_key, first_part, parts_end)
+            if part_tokens < chunk:
 
-        @pl.when(jnp.logical_not(all_seen | few))
-        def _whole():
-            attend_whole(buffer, seen_from(0, tokens, first_key))
+                @pl.when(few)
+                def _parts():
+                    attend_parts(buffer, base, first_key, first_part, parts_end)
+
+            @pl.when(jnp.logical_not(all_seen | few))
+            def _whole():
+                attend_whole(buffer, base, seen_from(base, chunk, first_key))
 
         state[0] = 1 - buffer
 
     @pl.when((segment == last_segment) | (blocks[after] != blocks[segment]))
     def _finish():
-        @pl.loop(0, heads)
-        def _head(head):
-            weight = jnp.sum(total[head].reshape(group * tokens, LANES), axis=1, keepdims=True)
+        @pl.loop(0, heads * (tokens // chunk))
+        def _rows(index):
+            head = lax.div(index, tokens // chunk)
+            mine = pl.ds(pl.multiple_of(lax.rem(index, tokens // chunk) * chunk, chunk), chunk)
+            weight = jnp.sum(total[head, :, mine, :].reshape(group * chunk, LANES), axis=1, keepdims=True)
             if sinks is not None:
                 sink = sinks[pl.ds(head * group, group)] * LOG2E  # [group, 1, LANES]
-                sink = jnp.broadcast_to(sink, (group, tokens, LANES)).reshape(group * tokens, LANES)
-                weight = weight + jnp.exp2(sink[:, :1] - highest[head].reshape(group * tokens, LANES)[:, :1])
+                sink = jnp.broadcast_to(sink, (group, chunk, LANES)).reshape(group * chunk, LANES)
+                weight = weight + jnp.exp2(sink[:, :1] - highest[head, :, mine, :].reshape(group * chunk, LANES)[:, :1])
             weight = jnp.where(weight == 0.0, 1.0, weight)
-            result = (acc[head].reshape(group * tokens, lanes) / weight).astype(out.dtype)
-            out[pl.ds(head * group, group)] = result.reshape(group, tokens, lanes)
+            result = (acc[head, :, mine, :].reshape(group * chunk, lanes) / weight).astype(out.dtype)
+            out[pl.ds(head * group, group), mine, :] = result.reshape(group, chunk, lanes)
 
 
 def prefill(
@@ -257,6 +265,7 @@ def prefill(
     cap: float | None,
     sinks: jax.Array | None,
     vmem_limit_bytes: int,
+    stay_bytes: int,
     interpret,
 ) -> jax.Array:
     """Serves the rows from num_decodes on.
@@ -266,6 +275,7 @@ def prefill(
       cache: [num_pages, num_kv_heads, page_size, cache lanes], this step's keys and values in it.
       scale: float32[1].
       sinks: float32[num_heads] or None.
+      stay_bytes: the most that queries may take up in VMEM before the call.
 
     Returns:
       out [num_heads, T, lanes]; tokens of other rows and padding hold anything.
@@ -291,7 +301,10 @@ def prefill(
             memory_space=pltpu.SMEM,
         )
 
-    in_specs, operands = [table_spec(0), table_spec(1), block_spec()], [tables, tables, q]
+    in_specs, operands = (
+        [table_spec(0), table_spec(1), block_spec()],
+        [tables, tables, keep_in_vmem(q, stay_bytes, interpret)],
+    )
     body = functools.partial(_body, sizes=sizes, window=window, cap=cap)
     if sinks is None:
         body = functools.partial(_without_sinks, body)

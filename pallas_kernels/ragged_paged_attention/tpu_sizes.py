@@ -21,6 +21,7 @@ import jax
 LANES = 128
 SUBLANES = 8
 TABLE_BYTES = 512 * 1024  # of the 1 MiB of SMEM, for page tables
+MOST_PREFILL_BYTES = 32_000_000  # of VMEM
 MOST_KEYS = 512  # a block of keys; more would only waste the tail of a row
 
 
@@ -59,11 +60,13 @@ class DecodeSizes:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillSizes:
-    """Tokens and keys a block, and the parts that the key-value heads are split into."""
+    """Tokens and keys a block, the parts that the key-value heads are split into, and the tokens of a block that meet
+    keys in one product."""
 
     tokens: int
     keys: int
     parts: int
+    chunk: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,32 +189,44 @@ def vmem_limit(chip: Chip, needed: int) -> int:
 
 
 def prefill_sizes(chip: Chip, problem: Problem) -> PrefillSizes:
-    """Whole tiles of tokens; as many heads at once as VMEM holds, since their pages come in one copy."""
+    """All tokens of the step in one block, or as many as VMEM has room for, so that keys and values are read once; then
+    as many heads at once as it holds, since their pages come in one copy."""
     tile = max(16, problem.tile)
-    tokens = max(tile, min(floor_pow2(chip.prefill_rows // problem.group), ceil_pow2(problem.num_tokens)))
+    chunk = max(tile, min(floor_pow2(chip.prefill_rows // problem.group), ceil_pow2(problem.num_tokens)))
     keys = max(min(chip.prefill_keys, problem.capacity), problem.page_size)
     parts = [part for part in range(1, problem.num_kv_heads + 1) if problem.num_kv_heads % part == 0]
     if problem.num_kv_heads % chip.cores == 0:
         parts = [part for part in parts if part % chip.cores == 0]
+    tokens = max(chunk, ceil_pow2(problem.num_tokens))
+    while tokens > chunk and prefill_vmem(problem, PrefillSizes(tokens, keys, parts[-1], chunk)) > _prefill_room(chip):
+        tokens //= 2
     while True:
         for part in parts:
-            sizes = PrefillSizes(tokens, keys, part)
-            if prefill_vmem(problem, sizes) <= chip.vmem_limit_bytes:
+            sizes = PrefillSizes(tokens, keys, part, chunk)
+            if prefill_vmem(problem, sizes) <= _prefill_room(chip):
                 return sizes
-        if tokens * problem.group > keys and tokens > tile:
-            tokens //= 2
+        if prefill_vmem(problem, sizes) <= chip.vmem_limit_bytes:
+            return sizes
+        if chunk * problem.group > keys and chunk > tile:
+            chunk //= 2
         elif keys > max(problem.page_size, LANES):
             keys //= 2
-        elif tokens > tile:
-            tokens //= 2
+        elif chunk > tile:
+            chunk //= 2
         else:
             return sizes
+        tokens = chunk
+
+
+def _prefill_room(chip: Chip) -> int:
+    """Bytes of VMEM that larger blocks may fill. The rest is better used by XLA for what stands around the kernel."""
+    return min(chip.vmem_limit_bytes, MOST_PREFILL_BYTES)
 
 
 def prefill_vmem(problem: Problem, sizes: PrefillSizes) -> int:
-    """Bytes that the prefill kernel keeps, one head's float32 scores (three at a time) included."""
+    """Bytes that the prefill kernel keeps, one product's float32 scores (three at a time) included."""
     heads, rows = problem.num_kv_heads // sizes.parts, problem.group * sizes.tokens
     blocks = 2 * heads * sizes.keys * problem.cache_lanes * problem.cache_bytes
     q_and_out = 2 * 2 * heads * rows * problem.key_lanes * problem.q_bytes
     state = heads * rows * (2 * LANES + problem.key_lanes) * 4
-    return blocks + q_and_out + state + 4 * rows * sizes.keys * 4
+    return blocks + q_and_out + state + 4 * problem.group * sizes.chunk * sizes.keys * 4

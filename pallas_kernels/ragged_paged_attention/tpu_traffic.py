@@ -114,18 +114,23 @@ def _queries(
     first_key: int,
     window: int | None,
 ) -> int:
-    """Query tokens that meet the block of keys from `first_key` on: all of the block's, or of some of its parts."""
-    tokens, keys = sizes.tokens, sizes.keys
+    """Query tokens that meet the block of keys from `first_key` on: whole chunks of them, or some parts of a chunk."""
+    chunk, keys = sizes.chunk, sizes.keys
     part_rows = tpu_sizes.floor_pow2(tpu_prefill.PART_ROWS // problem.group)
-    part = min(tokens, max(tpu_prefill.PART_TOKENS, part_rows))
-    all_seen = low == 0 and high == tokens and first_key + keys <= origin + 1
-    if window is not None:
-        all_seen = all_seen and first_key >= origin + tokens - window
-    past_last = high if window is None else min(high, first_key + keys - 1 + window - origin)
-    parts = cdiv(past_last, part) - max(low, first_key - origin) // part
-    if all_seen or part == tokens or 2 * parts * part > tokens:
-        return tokens
-    return max(parts, 0) * part
+    part = min(chunk, max(tpu_prefill.PART_TOKENS, part_rows))
+    from_token = max(low, first_key - origin)
+    to_token = high if window is None else min(high, first_key + keys - 1 + window - origin)
+    total = 0
+    for base in range(from_token // chunk * chunk, to_token, chunk):
+        all_seen = low <= base and high >= base + chunk and first_key + keys <= origin + base + 1
+        if window is not None:
+            all_seen = all_seen and first_key >= origin + base + chunk - window
+        parts = cdiv(min(to_token - base, chunk), part) - max(from_token - base, 0) // part
+        if all_seen or part == chunk or 2 * parts * part > chunk:
+            total += chunk
+        else:
+            total += max(parts, 0) * part
+    return total
 
 
 def of_step(

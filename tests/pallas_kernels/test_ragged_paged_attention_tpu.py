@@ -21,7 +21,7 @@ INTERPRET = pltpu.InterpretParams(detect_races=True)
 LONGER = ((1, 150), (1, 1), (1, 16), (1, 33), (1, 97), (40, 120), (3, 70), (17, 17))
 EVERYTHING = Case(LONGER, window=45, cap=2.0, sinks=True, scales=True)
 # The smallest blocks, so that short rows have many of them and every buffer is used again and again.
-SMALL = {"decode_sizes": DecodeSizes(2, 16, 3, 1), "prefill_sizes": PrefillSizes(16, 16, 1)}
+SMALL = {"decode_sizes": DecodeSizes(2, 16, 3, 1), "prefill_sizes": PrefillSizes(32, 16, 1, 16)}
 
 CASES = {name: case for name, case in SHARED.items() if case.page_size in tpu.PAGE_SIZES}
 IN_A_PLAIN_RUN = ("no rows", "decodes only, all at once", "more rows than tokens", "a window far back", "heads of 96")
@@ -78,13 +78,13 @@ def test_short_rows_in_long_blocks(capfd, window):
     """Blocks of 128 queries, of which rows of a few tokens, and keys that few see, take parts of 32."""
     rows = ((1, 40), (3, 50), (40, 200), (2, 90), (130, 300))
     case = Case(rows, num_heads=4, num_kv_heads=1, window=window, padding=9)
-    check(capfd, case, prefill_sizes=PrefillSizes(128, 64, 1))
+    check(capfd, case, prefill_sizes=PrefillSizes(256, 64, 1, 128))
 
 
 def test_heads_split_between_two_cores(capfd):
     """As on v4 and v5p: two cores run at once, each on its own heads."""
     case = dataclasses.replace(EVERYTHING, num_heads=6, head_dim=128, sinks=False, scales=False)
-    sizes = {"decode_sizes": DecodeSizes(4, 32, 2, 2), "prefill_sizes": PrefillSizes(32, 32, 2)}
+    sizes = {"decode_sizes": DecodeSizes(4, 32, 2, 2), "prefill_sizes": PrefillSizes(64, 32, 2, 32)}
     two_cores = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     check(capfd, case, interpret=two_cores, **sizes)
 
@@ -132,7 +132,7 @@ def test_caches_of_eight_bits(capfd, dtype):
     shape = (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
     cache = jnp.asarray(rng.normal(scale=40, size=shape).clip(-120, 120)).astype(dtype)
     truth, written = reference.ragged_paged_attention(q, k, v, cache, metadata, **options)
-    sizes = {"decode_sizes": DecodeSizes(2, 32, 3, 1), "prefill_sizes": PrefillSizes(32, 32, 1)}
+    sizes = {"decode_sizes": DecodeSizes(2, 32, 3, 1), "prefill_sizes": PrefillSizes(32, 32, 1, 32)}
     kernel = jax.jit(
         functools.partial(
             tpu.ragged_paged_attention,
