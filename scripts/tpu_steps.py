@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Whole models compiled for TPUs that are not there: does a step fit, what does it move, multiply and exchange?
 
-    PYTHONPATH=. python scripts/tpu_steps.py [--only TEXT] [--steps decode prefill full] [--layers N]
+    PYTHONPATH=. python scripts/tpu_steps.py [--only TEXT] [--steps decode prefill long full] [--layers N]
 
 Needs libtpu (the development packages have it) and no TPU. For each model and slice it compiles the engine's forward
 pass and greedy sampler as the engine runs them, and prints a row of the table in docs/tpu.md, which explains it.
 
-Steps: `decode`, 64 rows of 1024 tokens; `prefill`, a prompt of 2048; `full`, 256 rows that fill the cache, of 1024
-tokens at most. A row takes from seconds to minutes, that of 80 layers longest. Exit status 1 if a step does not fit,
-copies a weight or a cache, or exchanges what the design does not name.
+Steps: `decode`, 64 rows of 1024 tokens; `prefill`, a prompt of 2048; `long`, one of 8192; `full`, 256 rows that fill
+the cache, of 1024 tokens at most. A row takes from seconds to minutes, that of 80 layers longest. Exit status 1 if a
+step does not fit, copies a weight or a cache, or exchanges what the design does not name.
 """
 
 import argparse
@@ -28,6 +28,7 @@ COLUMNS = (
     "of",
     "cache, tokens",
     "bytes, GB",
+    "÷ weights, cache",
     "÷ least",
     "TFLOP",
     "÷ least",
@@ -39,7 +40,12 @@ COLUMNS = (
 
 def steps_of(engine: Engine, names: list[str]) -> list[Step]:
     most = min(1024, engine.fit.cache_tokens // 256 // 64 * 64)
-    known = {"decode": decode_step(64, 1024), "prefill": prefill_step(1, 2048), "full": decode_step(256, most)}
+    known = {
+        "decode": decode_step(64, 1024),
+        "prefill": prefill_step(1, 2048),
+        "long": prefill_step(1, 8192),
+        "full": decode_step(256, most),
+    }
     return [known[name] for name in names]
 
 
@@ -55,6 +61,7 @@ def row(found: Measured) -> list[str]:
         str(found.engine.fit.cache_tokens),
         f"{found.work.bytes / 1e9:.3f}",
         f"{found.work.bytes / found.minimum.bytes:.3f}",
+        f"{found.work.bytes / found.minimum_with_activations.bytes:.3f}",
         f"{found.work.flops / 1e12:.3f}",
         f"{found.work.flops / found.minimum.flops:.3f}",
         f"{found.least_time_ratio:.3f}",
@@ -66,7 +73,9 @@ def row(found: Measured) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models and slices whose name has this in it")
-    parser.add_argument("--steps", nargs="+", choices=("decode", "prefill", "full"), default=["decode", "prefill"])
+    parser.add_argument(
+        "--steps", nargs="+", choices=("decode", "prefill", "long", "full"), default=["decode", "prefill"]
+    )
     parser.add_argument("--layers", type=int, help="how many layers of each model; all of them by default")
     options = parser.parse_args()
     wrong = 0

@@ -19,8 +19,10 @@ from jaxllm.engine.sampling import GREEDY
 from jaxllm.engine.step import StepShape
 from jaxllm.models.registry import model_class
 from jaxllm.plan import hlo, hlo_cost
+from jaxllm.plan.activations import least_prefill
 from jaxllm.plan.chips import chip as chip_named
 from jaxllm.plan.fit import Fit, Model, clock, fit, read_model
+from pallas_kernels.gated_matmul import tpu as gated_matmul
 from pallas_kernels.ragged_paged_attention import tpu_sizes, tpu_traffic
 from sharding import DATA, EXPERT, TENSOR
 from tests.tpu_topology import compiling_for, kernel_vmem
@@ -67,6 +69,11 @@ class Step:
     @property
     def decodes_only(self) -> bool:
         return max(self.lengths) == 1
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Each row's tokens [start, end)."""
+        return [(end - length, end) for length, end in zip(self.lengths, self.kv_lens)]
 
     @property
     def num_tokens(self) -> int:
@@ -146,14 +153,28 @@ class Engine:
             2,
             2,
         )
-        return tpu_traffic.of_step(self.case.chip, problem, step.lengths, step.kv_lens, decodes_only=step.decodes_only)
+        found = tpu_traffic.of_step(self.case.chip, problem, step.lengths, step.kv_lens, decodes_only=step.decodes_only)
+        hidden, columns = self.model.config.hidden_size, self.model.config.intermediate_size // self.case.tensor
+        gated = gated_matmul.traffic(step.num_tokens, hidden, columns, 2, self.case.chip)
+        return found if gated is None else found | {"gated_matmul": gated}
 
     def minimum(self, step: Step) -> Work:
-        """What the model needs for it, on one device."""
+        """What the model needs for it, on one device: weights, keys and values."""
         if step.decodes_only:
             return self.cost.decode(step.kv_lens)
-        return self.cost.prefill(
-            [(end - length, end) for length, end in zip(step.lengths, step.kv_lens)], len(step.lengths)
+        return self.cost.prefill(step.spans, len(step.lengths))
+
+    def minimum_with_activations(self, step: Step) -> Work:
+        """`minimum` with what a prefill's activations need besides."""
+        if step.decodes_only:
+            return self.minimum(step)
+        return least_prefill(
+            self.cost,
+            self.described.config,
+            step.spans,
+            len(step.lengths),
+            shards=self.case.tensor,
+            on_chip=self.chip.on_chip,
         )
 
     def sum_shape(self, step: Step) -> tuple[int, int]:
@@ -210,7 +231,13 @@ class Measured:
 
     @property
     def minimum(self) -> Work:
+        """Of weights, keys and values."""
         return self.forward.minimum + self.sample.minimum
+
+    @property
+    def minimum_with_activations(self) -> Work:
+        """`minimum`, which is weights, keys and values, and what a prefill's activations must move besides."""
+        return self.engine.minimum_with_activations(self.step)
 
     @property
     def fits(self) -> bool:
@@ -251,6 +278,7 @@ def _program(engine: Engine, key: Any, minimum: Work, traffic: dict[str, tpu_tra
     module = hlo.parse(text)
     cache = lowering.caches()[0]
     pages = cache.sharding.shard_shape(cache.shape)
+    gate_up = (engine.model.config.hidden_size, 2 * engine.model.config.intermediate_size // engine.case.tensor)
     entry = module[module.entry]
     shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in lowering.leaves if leaf.size >= 1_000_000} | {pages}
     large = [number for number, name in enumerate(entry.parameters) if entry[name].shape.dims in shapes]
@@ -258,7 +286,7 @@ def _program(engine: Engine, key: Any, minimum: Work, traffic: dict[str, tpu_tra
         hlo_cost.count(
             module,
             kernels={name: Work(each.read + each.written, each.flops) for name, each in traffic.items()},
-            is_paged=lambda shape: shape.dims == pages,
+            is_paged=lambda shape: shape.dims in (pages, gate_up),
         ),
         sum(each.filler_flops for each in traffic.values()) * len(engine.plan.layers),
         minimum,

@@ -28,6 +28,7 @@ class Chip:
     attention_backend: str
     cores: int
     devices: int
+    on_chip: int
     memory: int
     bandwidth: float
     flops: float

@@ -6,8 +6,8 @@ What is counted:
     the update. Arrays in another memory than HBM (VMEM, SMEM) count as nothing: what fills them from HBM is an
     instruction of its own and counts there.
   FLOPs: products (dot, convolution), an addition with a multiplication as two; nothing else.
-  Pallas kernels are opaque: what they move of the arrays that they page through, and what they multiply, the caller
-    says; all else that they take or give counts once.
+  Pallas kernels are opaque: what they move of the arrays that they page or stream through, and what they multiply, the
+    caller says; all else that they take or give counts once. Of such arrays in VMEM they move nothing.
 
 XLA's own `cost_analysis()` counts VMEM as memory, and each operand of a kernel whole.
 """
@@ -135,7 +135,11 @@ class _Counter:
         name = instruction.kernel or ""
         if name not in self.kernels:
             raise ValueError(f"{instruction.name}: what the kernel {name!r} costs is not known: say it in kernels")
-        return self.kernels[name]
+        work = self.kernels[name]
+        paged = [shape for operand in instruction.operands for shape in inside[operand].shapes if self.is_paged(shape)]
+        if paged and not any(map(_in_hbm, paged)):  # fetched before, by instructions that count themselves
+            return Work(0.0, work.flops)
+        return work
 
     def moved(self, inside: Computation, instruction: Instruction) -> float:
         """Bytes that an instruction reads from and writes to HBM."""
