@@ -155,8 +155,10 @@ class Engine:
         )
         found = tpu_traffic.of_step(self.case.chip, problem, step.lengths, step.kv_lens, decodes_only=step.decodes_only)
         hidden, columns = self.model.config.hidden_size, self.model.config.intermediate_size // self.case.tensor
-        gated = gated_matmul.traffic(step.num_tokens, hidden, columns, 2, self.case.chip)
-        return found if gated is None else found | {"gated_matmul": gated}
+        for rows in () if step.decodes_only else (step.num_tokens, self.plan.scheduler.max_num_seqs):
+            if gated := gated_matmul.traffic(rows, hidden, columns, 2, self.case.chip):
+                found[f"gated_matmul_{rows}"] = gated
+        return found
 
     def minimum(self, step: Step) -> Work:
         """What the model needs for it, on one device: weights, keys and values."""

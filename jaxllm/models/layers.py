@@ -90,7 +90,9 @@ def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata, dtype: DTypeL
 
 def gated(x: jax.Array, weight: Linear, activation: str, metadata: StepMetadata) -> jax.Array:
     """act(gate(x)) * up(x) of a fused projection [in, 2 out]: [T, in] to [T, out]; one kernel where there is one."""
-    if weight.bias is None and gating.has_kernel(x, weight.kernel[...], activation, metadata.backend):
+    # On TPU both products of a decode stay in VMEM, and XLA fetches the weight there while attention runs.
+    is_xla_better = weight.bias is not None or (metadata.backend == "tpu" and metadata.attention[0].decodes_only)
+    if not is_xla_better and gating.has_kernel(x, weight.kernel[...], activation, metadata.backend):
         return gating.gated_matmul(x, weight.kernel[...], activation=activation, backend=metadata.backend)
     gate, up = split(linear(x, weight, metadata.linear), weight)
     return gating.ACTIVATIONS[activation](gate) * up

@@ -19,14 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..mosaic_tpu import result
+from ..mosaic_tpu import keep_in_vmem, result
 from ..ragged_paged_attention.tpu_sizes import Chip, chip_of
 from ..ragged_paged_attention.tpu_traffic import Traffic
 from .reference import ACTIVATIONS
 
 TILE_ROWS = 256
 TILE_DEPTH = 2048
-LEAST_ROWS = 512  # with fewer, both products stay in VMEM anyhow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +38,21 @@ class Sizes:
     depth: int
     parts: int = 1
 
-    def vmem(self, depth: int, itemsize: int) -> int:
-        """Bytes that the kernel keeps with x of this depth."""
-        x = self.rows * depth
+    def passing(self, depth: int, itemsize: int) -> int:
+        """Bytes that the kernel asks of VMEM with x of this depth, beside the rows that stay."""
         strips = 2 * 2 * depth * self.columns
         out = 2 * self.rows * self.columns
-        sums = 4 * TILE_ROWS * self.columns * 4
-        return (x + strips + out) * itemsize + sums
+        kept = (strips + out) * itemsize + 4 * TILE_ROWS * self.columns * 4
+        return kept + kept // 4
+
+    def vmem(self, depth: int, itemsize: int) -> int:
+        """All bytes that it takes up there."""
+        return self.rows * depth * itemsize + self.passing(depth, itemsize)
 
 
 def sizes_for(rows: int, depth: int, columns: int, itemsize: int, chip: Chip) -> Sizes | None:
     """The most rows a block that VMEM has room for; None where whole tiles do not make up these shapes."""
-    if rows % TILE_ROWS or rows < LEAST_ROWS or depth % 128:
+    if rows % TILE_ROWS or depth % 128:
         return None
     part = max(part for part in range(128, min(depth, TILE_DEPTH) + 1, 128) if depth % part == 0)
     for blocks in range(1, rows // TILE_ROWS + 1):
@@ -59,7 +61,7 @@ def sizes_for(rows: int, depth: int, columns: int, itemsize: int, chip: Chip) ->
         for width in (256, 128):
             parts = chip.cores if columns % (chip.cores * width) == 0 else 1
             sizes = Sizes(rows // blocks, width, part, parts)
-            if columns % width == 0 and sizes.vmem(depth, itemsize) * 5 // 4 <= chip.vmem_limit_bytes:
+            if columns % width == 0 and sizes.vmem(depth, itemsize) <= chip.vmem_limit_bytes:
                 return sizes
     return None
 
@@ -121,31 +123,37 @@ def gated_matmul(
     if sizes is None and not supports(x, weight, activation, chip):
         raise ValueError(
             f"{activation} of x {x.shape} {x.dtype.name} and weight {weight.shape} is not supported on TPU: bfloat16, "
-            f"silu or gelu_tanh, T a multiple of {TILE_ROWS} and at least {LEAST_ROWS}, K and N of 128"
+            f"silu or gelu_tanh, T a multiple of {TILE_ROWS}, K and N of 128"
         )
     sizes = sizes or _sizes(x, weight, chip)
     assert sizes is not None
     strips = columns // (sizes.columns * sizes.parts)
-    needed = sizes.vmem(depth, x.dtype.itemsize)
+    room = chip_of(chip).vmem_limit_bytes - sizes.vmem(depth, x.dtype.itemsize)
+    all_stay = sizes.rows == rows
+    if all_stay:
+        x = keep_in_vmem(x, x.nbytes, interpret)
+    needed = (sizes.passing if all_stay else sizes.vmem)(depth, x.dtype.itemsize)
 
     def half(first):
         return pl.BlockSpec((depth, sizes.columns), lambda part, block, strip: (0, first + part * strips + strip))
 
+    blocks = pl.BlockSpec((sizes.rows, depth), lambda part, block, strip: (block, 0), pipeline_mode=pl.Buffered(1))
+    whole = pl.BlockSpec(memory_space=pltpu.VMEM)  # taken from where XLA has put it, without a copy
     return pl.pallas_call(
         functools.partial(_body, sizes=sizes, activation=activation),
         grid=(sizes.parts, rows // sizes.rows, strips),
         in_specs=[
-            pl.BlockSpec((sizes.rows, depth), lambda part, block, strip: (block, 0), pipeline_mode=pl.Buffered(1)),
+            whole if all_stay else blocks,
             half(0),
             half(columns // sizes.columns),
         ],
         out_specs=pl.BlockSpec((sizes.rows, sizes.columns), lambda part, block, strip: (block, part * strips + strip)),
-        out_shape=result((rows, columns), x.dtype, chip_of(chip).vmem_limit_bytes // 3, interpret),
+        out_shape=result((rows, columns), x.dtype, room, interpret),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=needed + needed // 4
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=needed
         ),
         interpret=interpret,
-        name="gated_matmul",
+        name=f"gated_matmul_{rows}",
     )(x, weight, weight)
 
 

@@ -45,18 +45,18 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("chip", chips())
-@pytest.mark.parametrize("rows", [512, 768, 2048, 8192])
+@pytest.mark.parametrize("rows", [256, 768, 2048, 8192])
 @pytest.mark.parametrize(("depth", "columns"), [(4096, 14336), (4096, 3584), (8192, 1792), (1024, 3072), (2304, 9216)])
 def test_sizes_divide_the_shapes_and_fit(chip, rows, depth, columns):
     """Blocks are as large as VMEM allows; where even the least does not fit, XLA's products are left."""
     room = chips()[chip].vmem_limit_bytes
     sizes = tpu.sizes_for(rows, depth, columns, 2, chips()[chip])
     if sizes is None:
-        assert tpu.Sizes(tpu.TILE_ROWS, 128, 128).vmem(depth, 2) * 5 // 4 > room
+        assert tpu.Sizes(tpu.TILE_ROWS, 128, 128).vmem(depth, 2) > room
         return
     assert rows % sizes.rows == 0 and sizes.rows % tpu.TILE_ROWS == 0 and depth % sizes.depth == 0
     assert columns % (sizes.columns * sizes.parts) == 0
-    assert sizes.vmem(depth, 2) * 5 // 4 <= room
+    assert sizes.vmem(depth, 2) <= room
     moved = tpu.traffic(rows, depth, columns, 2, chip)
     assert moved is not None
     assert moved.read == (rows // sizes.rows * depth * 2 * columns + (sizes.parts - 1) * rows * depth) * 2
@@ -66,7 +66,7 @@ def test_sizes_divide_the_shapes_and_fit(chip, rows, depth, columns):
 def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
     x, weight = _inputs(512, 128, 128)
     assert has_kernel(x, weight, "silu", "tpu")
-    assert not has_kernel(x, weight, "gelu", "tpu") and not has_kernel(x[:256], weight, "silu", "tpu")
+    assert not has_kernel(x, weight, "gelu", "tpu") and not has_kernel(x[:200], weight, "silu", "tpu")
     assert not has_kernel(x.astype(jnp.float32), weight.astype(jnp.float32), "silu", "tpu")
-    with pytest.raises(ValueError, match="at least 512"):
+    with pytest.raises(ValueError, match="a multiple of 256"):
         tpu.gated_matmul(x[:300], weight, activation="silu")

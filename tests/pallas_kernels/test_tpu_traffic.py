@@ -34,8 +34,8 @@ def test_a_prompt_is_read_once_a_block_of_its_queries():
     assert found["ragged_paged_write"].written == 2048 * TOKEN
     assert found["ragged_paged_write"].read == 64 * TOKEN
     assert found["ragged_paged_decode"] == tpu_traffic.Traffic()
-    short = step("v6e", [2048], [2048], decodes_only=False, window=256)["ragged_paged_prefill"]
-    assert short.flops < found["ragged_paged_prefill"].flops / 2
+    short = step("v6e", [2048], [2048], decodes_only=False, window=128)["ragged_paged_prefill"]
+    assert short.flops < 0.6 * found["ragged_paged_prefill"].flops
     v4 = step("v4", [2048], [2048], decodes_only=False)["ragged_paged_prefill"]  # VMEM for blocks of 1024
     assert v4.read == (1024 + 2048) * TOKEN
 
