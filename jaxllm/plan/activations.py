@@ -11,8 +11,8 @@ products that are as large as the weights, and what they must move follows from 
      stream after either half, queries with keys and values, what was attended to, and the gated half of the MLP, for
      which gate and up meet before either is written.
   3. An array that is written by one product and read by the next crosses memory out and in, unless it stays in memory
-     on the chip that programs can keep arrays in: VMEM on a TPU, which XLA fills with whole arrays (memory space S(1)
-     in its HLO). GPUs have none. A quarter of it belongs to the tiles of weights on their way; an array stays if it
+     on the chip that XLA keeps whole arrays in (memory space S(1) in its HLO): VMEM on a TPU, CMEM on v4. GPUs have
+     none. A quarter of it belongs to the tiles of weights on their way; an array stays if it
      fits into the rest together with the residual stream, which lives across all of them. Where only one of the two
      fits, the one whose way out and in is shorter goes.
   4. Rows of the embedding are read once. Behind the last layer's attention only sampled rows are needed, and count as

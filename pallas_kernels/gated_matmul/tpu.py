@@ -128,8 +128,9 @@ def gated_matmul(
     sizes = sizes or _sizes(x, weight, chip)
     assert sizes is not None
     strips = columns // (sizes.columns * sizes.parts)
-    room = chip_of(chip).vmem_limit_bytes - sizes.vmem(depth, x.dtype.itemsize)
-    all_stay = sizes.rows == rows
+    device = chip_of(chip)
+    room = device.vmem_limit_bytes - sizes.vmem(depth, x.dtype.itemsize) if device.stay_bytes else 0
+    all_stay = sizes.rows == rows and device.stay_bytes > 0
     if all_stay:
         x = keep_in_vmem(x, x.nbytes, interpret)
     needed = (sizes.passing if all_stay else sizes.vmem)(depth, x.dtype.itemsize)

@@ -113,8 +113,7 @@ def ragged_paged_attention(
     v = v if v_scale is None else v / v_scale
     new = jnp.concatenate([_pad_lanes(k, wide), _pad_lanes(v, wide)], axis=2).astype(cache.dtype)
     q = _pad_lanes(q, lanes)
-    stay_bytes = device.vmem_limit_bytes // 3
-    options = {"window": window, "cap": cap, "sinks": sinks, "stay_bytes": stay_bytes, "interpret": interpret}
+    options = {"window": window, "cap": cap, "sinks": sinks, "interpret": interpret, "stay_bytes": device.stay_bytes}
     decode_sizes = decode_sizes or tpu_sizes.decode_sizes(device, problem)
     prefill_sizes = prefill_sizes or tpu_sizes.prefill_sizes(device, problem)
     decode_limit = tpu_sizes.vmem_limit(device, tpu_sizes.decode_vmem(problem, decode_sizes))

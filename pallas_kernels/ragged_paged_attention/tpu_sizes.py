@@ -47,6 +47,12 @@ class Chip:
     prefill_rows: int
     prefill_keys: int
 
+    @property
+    def stay_bytes(self) -> int:
+        """The most that an array may take up in VMEM on its way from or to a kernel. On v4 XLA keeps arrays in CMEM
+        instead, and refuses programs that ask for VMEM."""
+        return self.vmem_limit_bytes // 3 if self.vmem_limit_bytes > 16_000_000 else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSizes:
