@@ -10,13 +10,15 @@ Reading goes through TensorStore alone, straight into the buffer that becomes th
 than to read some models, and what it restores is in memory of its own.
 """
 
+import collections
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ FORMAT = 2
 CHUNKS = "c"  # zarr's name for the folder of an array's chunks
 _PIECES = 16  # that an array's chunks are cut into along the axis that shards deal out: each reads its own alone
 _LEAST_CHUNK, _LARGEST_CHUNK = 1 << 20, 8 << 20  # bytes: worth a file of its own, and many at once in memory
-_READS = 16  # chunks that are read at once
+_READS = 16  # files that are read at once
+_CHUNKS_AT_ONCE = 4  # of an array, in memory beside it; more would be read ahead of what the processors can check and copy
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "float16", "bfloat16", "float64")}
 
 
@@ -199,18 +202,25 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
             "kvstore": {"driver": "file", "path": f"{self.weights}/{name}"},
             "fill_missing_data_reads": False,
         }
+        under_way: collections.deque[Any] = collections.deque()
         try:
             store = ts.open(spec, read=True, context=self._context).result()
             store = store.T if array.transposed else store
-            store = store if index is None else store[index]
-            store = store if out.dtype == array.dtype else ts.cast(store, out.dtype)
-            ts.array(out).write(store[ts.d[:].translate_to[0]]).result()
+            cast = store if out.dtype == array.dtype else ts.cast(store, out.dtype)
+            for piece, place in _by_chunk(store.chunk_layout.read_chunk.shape, index or _whole(array.shape)):
+                if len(under_way) == _CHUNKS_AT_ONCE:
+                    under_way.popleft().result()
+                under_way.append(ts.array(out[place]).write(cast[piece][ts.d[:].translate_to[0]]))
+            while under_way:
+                under_way.popleft().result()
         except ValueError as error:  # names the file
             raise CheckpointError(f"{self.path}: array {name!r} cannot be read: {error}") from error
+        finally:
+            for one in under_way:  # may still be writing to `out`
+                one.exception()
 
     @functools.cached_property
     def _context(self) -> Any:
-        """What bounds the chunks in memory."""
         try:
             import tensorstore
         except ImportError as error:
@@ -219,6 +229,22 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
 
     def release_memory(self) -> None:
         """Nothing is mapped."""
+
+
+def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shape)
+
+
+def _by_chunk(
+    chunk: Sequence[int], index: tuple[slice, ...]
+) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """The part of an array, cut where its chunks end: each piece's place in the array, and within the part."""
+    cuts = []
+    for size, part in zip(chunk, index, strict=True):
+        ends = [*range(part.start // size * size + size, part.stop, size), part.stop]
+        cuts.append([slice(start, end) for start, end in itertools.pairwise([part.start, *ends])])
+    for piece in itertools.product(*cuts):
+        yield piece, tuple(slice(p.start - i.start, p.stop - i.start) for p, i in zip(piece, index, strict=True))
 
 
 def stored_files(path: Path) -> Iterator[Path]:
