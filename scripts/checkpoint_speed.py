@@ -14,12 +14,13 @@ What a round does, each with the files out of the page cache (posix_fadvise; --w
     restore        makes the model, with its parameters on the device
     safetensors    the same from MODEL
 
-Memory is touched before, as much as the files take twice: a virtual machine may have to get it from its host first, which
-can take longer than the disk. Nothing else should run meanwhile. Ratios are of medians.
+Memory is touched before, as much as the files take twice: a virtual machine may have to get it from its host first,
+which can take longer than the disk. Nothing else should run meanwhile. Ratios are of medians.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import statistics
@@ -97,10 +98,8 @@ def cached_share(directory: Path) -> float:
         with open(path, "rb", buffering=0) as file:
             for start in range(0, path.stat().st_size, BLOCK):
                 blocks += 1
-                try:
+                with contextlib.suppress(BlockingIOError):
                     cached += os.preadv(file.fileno(), [buffer], start, os.RWF_NOWAIT) > 0
-                except BlockingIOError:
-                    pass
     return cached / blocks
 
 
@@ -189,7 +188,7 @@ def main() -> None:
     size = size_of(directory)
     print(f"{size / 1e9:.2f} GB, {jax.devices()[0].device_kind}, {options.dtype}, {cores} cores", flush=True)
     times: dict[str, list[float]] = {name: [] for name in work}
-    cached = []
+    cached: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(options.rounds):
         names = list(work)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -199,12 +198,12 @@ def main() -> None:
                 read_plainly(of, threads, fresh=False)
             else:
                 forget(of)
-            cached.append(cached_share(of))
+            cached[name].append(cached_share(of))
             times[name].append(seconds(run))
-    print(f"of the files, {min(cached):.0%} to {max(cached):.0%} were in the page cache")
     speeds = {name: [size / 1e9 / found for found in of] for name, of in times.items()}
     for name, found in speeds.items():
-        print(f"{name:12} {statistics.median(found):6.2f} GB/s at median ({min(found):.2f} to {max(found):.2f})")
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        print(f"{name:12} {statistics.median(found):6.2f} GB/s at median ({spread}), {max(cached[name]):.0%} in cache")
     for name in speeds:
         if name != "restore":
             ratio = statistics.median(times[name]) / statistics.median(times["restore"])

@@ -2,12 +2,12 @@
 
 Its arrays are the slices that the engine's parameters are made of, under their Hugging Face names and projections as
 [in, out], so that none depends on a mesh. They are zarr 3 without compression, and each chunk ends with its CRC-32C,
-which TensorStore, Orbax's own reader of arrays, compares while it reads. `weights.json` beside them lists the arrays and
-all files: of the chunks their sizes, of the others their CRC-32 too. It is written last: without it the checkpoint is not
-whole.
+which TensorStore, Orbax's own reader of arrays, compares while it reads. `weights.json` beside them lists the arrays
+and all files: of the chunks their sizes, of the others their CRC-32 too. It is written last: without it the checkpoint
+is not whole.
 
-Reading goes through TensorStore alone, straight into the buffer that becomes the parameter: to import Orbax takes longer
-than to read some models, and what it restores is in memory of its own.
+Reading goes through TensorStore alone, straight into the buffer that becomes the parameter: to import Orbax takes
+longer than to read some models, and what it restores is in memory of its own.
 """
 
 import collections
@@ -34,7 +34,7 @@ CHUNKS = "c"  # zarr's name for the folder of an array's chunks
 _PIECES = 16  # that an array's chunks are cut into along the axis that shards deal out: each reads its own alone
 _LEAST_CHUNK, _LARGEST_CHUNK = 1 << 20, 8 << 20  # bytes: worth a file of its own, and many at once in memory
 _READS = 16  # files that are read at once
-_CHUNKS_AT_ONCE = 4  # of an array, in memory beside it; more would be read ahead of what the processors can check and copy
+_CHUNKS_AT_ONCE = 4  # of an array, in memory beside it: no more than the processors can check and copy meanwhile
 _DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "float16", "bfloat16", "float64")}
 
 
@@ -207,7 +207,8 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
             store = ts.open(spec, read=True, context=self._context).result()
             store = store.T if array.transposed else store
             cast = store if out.dtype == array.dtype else ts.cast(store, out.dtype)
-            for piece, place in _by_chunk(store.chunk_layout.read_chunk.shape, index or _whole(array.shape)):
+            chunk: Any = store.chunk_layout.read_chunk.shape
+            for piece, place in _by_chunk(chunk, index or _whole(array.shape)):
                 if len(under_way) == _CHUNKS_AT_ONCE:
                     under_way.popleft().result()
                 under_way.append(ts.array(out[place]).write(cast[piece][ts.d[:].translate_to[0]]))
@@ -235,9 +236,7 @@ def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in shape)
 
 
-def _by_chunk(
-    chunk: Sequence[int], index: tuple[slice, ...]
-) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+def _by_chunk(chunk: Sequence[int], index: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """The part of an array, cut where its chunks end: each piece's place in the array, and within the part."""
     cuts = []
     for size, part in zip(chunk, index, strict=True):

@@ -186,9 +186,9 @@ def _read(
     dtype: DTypeLike | None,
     shardings: Shardings | None,
 ) -> jax.Array:
-    """One parameter on its devices. Projections are kept as [in, out]; where a checkpoint has them as [out, in], the CPU
-    backend's buffer is written transposed and kept, and for accelerators the transposition is theirs, which is faster by
-    far."""
+    """One parameter on its devices. Projections are kept as [in, out]; where a checkpoint has them as [out, in], the
+    CPU backend's buffer is written transposed and kept, and for accelerators the transposition is theirs, which is
+    faster by far."""
     metadata = parameter.get_metadata()
     shape = tuple(parameter.shape)
     transpose, on_cpu = metadata.get("transpose", False), jax.default_backend() == "cpu"

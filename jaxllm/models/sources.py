@@ -124,8 +124,8 @@ class Parts:
             out[padding:end] = 0
 
     def converted(self) -> "Parts":
-        """The same as `jaxllm convert` stores it: each source is a tensor of its own, called by the name of the one that
-        it comes from, and by where it begins there if that one holds several."""
+        """The same as `jaxllm convert` stores it: each source is a tensor of its own, called by the name of the one
+        that it comes from, and by where it begins there if that one holds several."""
         names = [source.name for source in self.sources]
         found = copy.copy(self)
         found.sources = tuple(
