@@ -20,11 +20,14 @@ class Checkpoint(abc.ABC):
       path: the file or directory opened.
       config: the contents of config.json.
       generation_config: the contents of generation_config.json; empty if there is none.
+      converted: `jaxllm convert` wrote it: its tensors are the slices of parameters (`Parts.converted`), projections
+        lie in the file as [in, out]; nothing has to be transposed. Shapes are given as [out, in] all the same.
     """
 
     path: Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
+    converted: bool = False
 
     @property
     def directory(self) -> Path:

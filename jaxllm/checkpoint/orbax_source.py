@@ -1,16 +1,24 @@
 """A directory that `jaxllm convert` wrote: config.json, tokenizer files and, in `weights/`, an Orbax checkpoint.
 
-Its arrays are the slices that the engine's parameters are made of, each as [in, out] and under its Hugging Face name,
-so that none depends on a mesh. `weights.json` beside them lists the arrays, and every file of them with its size and
-CRC-32. It is written last: without it the checkpoint is not whole.
+Its arrays are the slices that the engine's parameters are made of, under their Hugging Face names and projections as
+[in, out], so that none depends on a mesh. They are zarr 3 without compression, and each chunk ends with its CRC-32C,
+which TensorStore, Orbax's own reader of arrays, compares while it reads. `weights.json` beside them lists the arrays
+and all files: of the chunks their sizes, of the others their CRC-32 too. It is written last: without it the checkpoint
+is not whole.
+
+Reading goes through TensorStore alone, straight into the buffer that becomes the parameter: to import Orbax takes
+longer than to read some models, and what it restores is in memory of its own.
 """
 
-import concurrent.futures
+import collections
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +26,74 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoint.safetensors_source import HuggingFaceDirectory, read_json
-from jaxllm.errors import CheckpointError
+from jaxllm.errors import CheckpointError, UnsupportedModelError
 
 WEIGHTS, MANIFEST = "weights", "weights.json"
-FORMAT = 1
-_BLOCK = 4 << 20  # bytes that are hashed at once
-_DTYPES = {
-    name: np.dtype(getattr(ml_dtypes, name, name))
-    for name in ("float32", "float16", "bfloat16", "float64", "int8", "int32", "float8_e4m3fn", "float8_e5m2")
-}
+FORMAT = 2
+CHUNKS = "c"  # zarr's name for the folder of an array's chunks
+_PIECES = 16  # that an array's chunks are cut into along the axis that shards deal out: each reads its own alone
+_LEAST_CHUNK, _LARGEST_CHUNK = 1 << 20, 8 << 20  # bytes: worth a file of its own, and many at once in memory
+_READS = 16  # files that are read at once
+_CHUNKS_AT_ONCE = 4  # of an array, in memory beside it: no more than the processors can check and copy meanwhile
+_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "float16", "bfloat16", "float64")}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array of the checkpoint."""
+    """An array of the checkpoint.
+
+    Attributes:
+      shape: as Hugging Face has it, [out, in] for a projection.
+      transposed: it lies in the file as [in, out].
+      dealt_axis: the axis of `shape` that shards deal out; None: they all hold the whole.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    transposed: bool = False
+    dealt_axis: int | None = None
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
+    def metadata(self) -> dict[str, Any]:
+        """What zarr's driver in TensorStore makes the array of."""
+        turn = -1 if self.transposed else 1
+        return {
+            "shape": self.shape[::turn],
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self._chunk_shape()[::turn]}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        }
 
-@dataclasses.dataclass(frozen=True)
-class StoredFile:
-    """A file of the checkpoint."""
-
-    num_bytes: int
-    crc32: int
-
-
-def crc32_of(path: Path) -> int:
-    """The CRC-32 of a file's bytes (that of zlib). Raises OSError."""
-    found, buffer = 0, memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found = zlib.crc32(buffer[:count], found)
-    return found
+    def _chunk_shape(self) -> list[int]:
+        """Up to 16 pieces for shards, and these cut along the file's first axis if they are large."""
+        chunk, pieces = list(self.shape), _PIECES if self.dealt_axis is not None else 1
+        while pieces > 1 and self.num_bytes < pieces * _LEAST_CHUNK:
+            pieces //= 2
+        if self.dealt_axis is not None:
+            chunk[self.dealt_axis] = -(-chunk[self.dealt_axis] // pieces)
+        first = len(chunk) - 1 if self.transposed else 0
+        chunk[first] = -(-chunk[first] // -(-math.prod(chunk) * self.dtype.itemsize // _LARGEST_CHUNK))
+        return chunk
 
 
 def write_manifest(directory: Path, arrays: Mapping[str, StoredArray]) -> None:
     """Lists the arrays and the files of a checkpoint that has been written."""
     root = directory / WEIGHTS
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    chunks, files = {}, {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name, size = path.relative_to(root).as_posix(), path.stat().st_size
+        if is_chunk(name):
+            chunks[name] = size
+        else:
+            files[name] = [size, zlib.crc32(path.read_bytes())]
     content = {
         "format": FORMAT,
-        "arrays": {name: [list(array.shape), array.dtype.name] for name, array in arrays.items()},
-        "files": {path.relative_to(root).as_posix(): [path.stat().st_size, crc32_of(path)] for path in paths},
+        "arrays": {name: [list(a.shape), a.dtype.name, a.transposed] for name, a in arrays.items()},
+        "chunks": chunks,
+        "files": files,
     }
     with open(directory / MANIFEST, "w") as file:
         json.dump({"crc32": _crc32_of_content(content), **content}, file)
@@ -73,45 +101,53 @@ def write_manifest(directory: Path, arrays: Mapping[str, StoredArray]) -> None:
         os.fsync(file.fileno())
 
 
+def is_chunk(name: str) -> bool:
+    """Whether a file, by its path within `weights`, is a chunk of an array."""
+    return name.split("/")[1:2] == [CHUNKS]
+
+
 def _crc32_of_content(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 class OrbaxCheckpoint(HuggingFaceDirectory):
-    """See `Checkpoint`; here names are those of stored arrays. Every file's presence and size is checked when it is
-    made; what they hold, by `verify`. The engine reads it with `jaxllm.models.restore`.
+    """See `Checkpoint`; its tensors are the slices of parameters. When it is made, every file's presence and size are
+    checked, and what the small ones hold; what a chunk holds is checked as it is read.
 
     Attributes:
       arrays: by name.
-      files: by their path within `weights`.
     """
+
+    converted = True
 
     def __init__(self, path: str | os.PathLike[str]):
         """Opens a directory.
 
         Raises:
           ModelNotFoundError: there is no config.json.
-          CheckpointError: the checkpoint is not whole, or a file of it is missing, truncated or of another size.
+          CheckpointError: the checkpoint is not whole, or a file of it is missing, truncated or altered.
         """
         super().__init__(path)
         if not (self.path / MANIFEST).is_file():
             raise CheckpointError(f"{self.path}: not whole: {MANIFEST}, which is written last, is missing")
-        self.arrays, self.files = self._read_manifest()
-        for name, file in self.files.items():
-            try:
-                size = (self.weights / name).stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{self.weights / name}: cannot be read ({error.strerror})") from error
-            if size != file.num_bytes:
-                kind = "truncated" if size < file.num_bytes else "altered"
-                raise CheckpointError(f"{self.weights / name}: {kind}: {size} bytes instead of {file.num_bytes}")
+        content = self._read_manifest()
+        self.arrays = {
+            name: StoredArray(tuple(shape), _DTYPES[dtype], transposed)
+            for name, (shape, dtype, transposed) in content["arrays"].items()
+        }
+        for name, size in content["chunks"].items():
+            self._check_size(name, size)
+        for name, (size, crc32) in content["files"].items():
+            self._check_size(name, size)
+            if zlib.crc32((self.weights / name).read_bytes()) != crc32:
+                raise CheckpointError(f"{self.weights / name}: altered: its checksum does not fit")
 
     @property
     def weights(self) -> Path:
         """The directory that Orbax reads."""
         return self.path / WEIGHTS
 
-    def _read_manifest(self) -> tuple[dict[str, StoredArray], dict[str, StoredFile]]:
+    def _read_manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
         content = read_json(path)
         if content.get("format", FORMAT) != FORMAT:
@@ -120,38 +156,17 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
             )
         if content.pop("crc32", None) != _crc32_of_content(content):
             raise CheckpointError(f"{path}: altered: its checksum does not fit")
-        arrays = {name: StoredArray(tuple(shape), _DTYPES[dtype]) for name, (shape, dtype) in content["arrays"].items()}
-        return arrays, {name: StoredFile(*entry) for name, entry in content["files"].items()}
+        return content
 
-    def verify(self, *, share: int = 0, shares: int = 1, threads: int | None = None) -> None:
-        """Reads files and compares their checksums.
-
-        Args:
-          share, shares: which part of the files to read, for hosts that deal them out.
-          threads: None: one for each core, at most 8.
-
-        Raises:
-          CheckpointError: a file is altered, and named.
-        """
-        threads = threads or min(8, os.cpu_count() or 1)
-
-        def check(name: str) -> None:
-            path = self.weights / name
-            try:
-                found = crc32_of(path)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-            if found != self.files[name].crc32:
-                raise CheckpointError(f"{path}: altered: its checksum does not fit")
-
-        with concurrent.futures.ThreadPoolExecutor(threads, "verify") as pool:
-            checks = [pool.submit(check, name) for name in list(self.files)[share::shares]]
-            try:
-                for done in concurrent.futures.as_completed(checks):
-                    done.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+    def _check_size(self, name: str, expected: int) -> None:
+        path = f"{self.weights}/{name}"
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        if size != expected:
+            kind = "truncated" if size < expected else "altered"
+            raise CheckpointError(f"{path}: {kind}: {size} bytes instead of {expected}")
 
     def names(self) -> list[str]:
         return list(self.arrays)
@@ -171,26 +186,64 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
         return self._array(name).num_bytes
 
     def read(self, name: str, dtype: np.dtype | type | str | None = None) -> np.ndarray:
-        return np.asarray(self._store(name).read().result(), dtype)
+        array = self._array(name)
+        stored = np.empty(array.shape[:: -1 if array.transposed else 1], dtype or array.dtype)
+        found = stored.T if array.transposed else stored
+        self.read_into(name, found)
+        return found
 
     def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] | None = None) -> None:
+        import tensorstore as ts  # here: it takes time to import
+
         self._check_shape(name, out, index)
-        store = self._store(name)
-        out[...] = (store if index is None else store[index]).read().result()
-
-    def _store(self, name: str) -> Any:
-        import tensorstore  # here: it takes time to import
-
-        self._array(name)
-        place = {"driver": "file", "path": str(self.weights / name)}
+        array = self._array(name)
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{self.weights}/{name}"},
+            "fill_missing_data_reads": False,
+        }
+        under_way: collections.deque[Any] = collections.deque()
         try:
-            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
-            return tensorstore.open(spec, read=True).result()
-        except ValueError as error:
-            raise CheckpointError(f"{self.weights / name}: {error}") from error
+            store = ts.open(spec, read=True, context=self._context).result()
+            store = store.T if array.transposed else store
+            cast = store if out.dtype == array.dtype else ts.cast(store, out.dtype)
+            chunk: Any = store.chunk_layout.read_chunk.shape
+            for piece, place in _by_chunk(chunk, index or _whole(array.shape)):
+                if len(under_way) == _CHUNKS_AT_ONCE:
+                    under_way.popleft().result()
+                under_way.append(ts.array(out[place]).write(cast[piece][ts.d[:].translate_to[0]]))
+            while under_way:
+                under_way.popleft().result()
+        except ValueError as error:  # names the file
+            raise CheckpointError(f"{self.path}: array {name!r} cannot be read: {error}") from error
+        finally:
+            for one in under_way:  # may still be writing to `out`
+                one.exception()
+
+    @functools.cached_property
+    def _context(self) -> Any:
+        try:
+            import tensorstore
+        except ImportError as error:
+            raise UnsupportedModelError(f"{self.path}: Orbax checkpoints need the extra orbax: {error}") from error
+        return tensorstore.Context({"file_io_concurrency": {"limit": _READS}})
 
     def release_memory(self) -> None:
         """Nothing is mapped."""
+
+
+def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shape)
+
+
+def _by_chunk(chunk: Sequence[int], index: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """The part of an array, cut where its chunks end: each piece's place in the array, and within the part."""
+    cuts = []
+    for size, part in zip(chunk, index, strict=True):
+        ends = [*range(part.start // size * size + size, part.stop, size), part.stop]
+        cuts.append([slice(start, end) for start, end in itertools.pairwise([part.start, *ends])])
+    for piece in itertools.product(*cuts):
+        yield piece, tuple(slice(p.start - i.start, p.stop - i.start) for p, i in zip(piece, index, strict=True))
 
 
 def stored_files(path: Path) -> Iterator[Path]:

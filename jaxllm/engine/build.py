@@ -28,7 +28,7 @@ from jaxllm.engine.sampling import cover, variant_for
 from jaxllm.engine.shared_device import SharedDevice, follow
 from jaxllm.engine.step import StepShape
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.models import loader, restore
+from jaxllm.models import loader
 from jaxllm.models.registry import model_class
 from jaxllm.structured.vocabulary import Encode, Vocabulary, vocabulary_of
 from jaxllm.text.eos import eos_token_ids
@@ -60,10 +60,7 @@ def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, mesh:
     if config.load_format == "orbax" and not isinstance(checkpoint, OrbaxCheckpoint):
         raise CheckpointError(f"load_format='orbax': {checkpoint.path} was not written by jaxllm convert")
     with loader.progress_bar() if progress else contextlib.nullcontext() as on_progress:
-        if isinstance(checkpoint, OrbaxCheckpoint):
-            restore.restore(model, checkpoint, shardings=shardings, on_progress=on_progress)
-        else:
-            loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
+        loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
     checkpoint.release_memory()
     platform.trim_memory()
 

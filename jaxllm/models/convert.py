@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,11 +15,9 @@ from jaxllm.checkpoint.safetensors_source import SafetensorsCheckpoint
 from jaxllm.errors import ConfigError, UnsupportedModelError
 from jaxllm.models.loader import check, parameters_of
 from jaxllm.models.registry import model_class
-from jaxllm.models.restore import make_checkpointer
 from jaxllm.models.sources import Parts
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-CHUNK_BYTES = 16 << 20  # of a file: enough for a disk's full speed, small enough for shards to read their own
 
 
 def convert(checkpoint: Checkpoint, directory: Path) -> None:
@@ -44,22 +43,19 @@ def convert(checkpoint: Checkpoint, directory: Path) -> None:
         raise ConfigError(f"directory={str(directory)!r}: exists")
     family = model_class(checkpoint.config)
     model = family(family.parse_config(checkpoint.config), dtype=jnp.float32)
-    targets = [(parameter, Parts(path, parameter)) for path, parameter in parameters_of(model)]
-    check(
-        {index: parts.tensors() for index, (_, parts) in enumerate(targets)},
-        checkpoint,
-        tied=getattr(model, "lm_head", True) is None,
-    )
+    parts = [Parts(path, parameter) for path, parameter in parameters_of(model)]
+    expected = {index: each.tensors() for index, each in enumerate(parts)}
+    check(expected, checkpoint, tied=getattr(model, "lm_head", True) is None)
+    write_arrays = _writer()
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.incomplete-", dir=directory.parent))
     try:
-        arrays = _arrays(checkpoint, [parts for _, parts in targets])
-        _save(draft / WEIGHTS, arrays)
+        values, arrays = _slices(checkpoint, parts)
+        write_arrays(draft / WEIGHTS, arrays, values)
         for file in stored_files(checkpoint.path):
             if file.name != MANIFEST:
                 shutil.copyfile(file, draft / file.name)
-        stored = {name: StoredArray(array.shape, array.dtype) for name, array in arrays.items()}
-        write_manifest(draft, stored)
+        write_manifest(draft, arrays)
         draft.chmod(0o777 & ~_umask())
         os.rename(draft, directory)
     except BaseException:
@@ -67,24 +63,30 @@ def convert(checkpoint: Checkpoint, directory: Path) -> None:
         raise
 
 
-def _arrays(checkpoint: SafetensorsCheckpoint, parts: list[Parts]) -> dict[str, np.ndarray]:
-    """Views of the files' tensors, turned as they are to be stored. Raises UnsupportedModelError for quantized ones."""
-    found: dict[str, np.ndarray] = {}
+def _slices(
+    checkpoint: SafetensorsCheckpoint, parts: list[Parts]
+) -> tuple[dict[str, np.ndarray], dict[str, StoredArray]]:
+    """Views of the files' tensors, and how they are to be stored. Raises UnsupportedModelError for quantized ones."""
+    values: dict[str, np.ndarray] = {}
+    arrays: dict[str, StoredArray] = {}
     for each in parts:
-        for name, source in zip(each.stored_names(), each.sources, strict=True):
+        for source, stored in zip(each.sources, each.converted().sources, strict=True):
             tensor = checkpoint.read(source.name)[source.start : source.start + source.width]
             if tensor.dtype.name not in FLOATS:
                 limit = f"tensor {source.name!r} is quantized ({tensor.dtype.name})"
                 raise UnsupportedModelError(f"{checkpoint.path}: {limit}")
-            found[name] = tensor if each.joined_axis == 0 else tensor.T
-    return found
+            values[stored.name] = tensor
+            arrays[stored.name] = StoredArray(tensor.shape, tensor.dtype, each.joined_axis != 0, each.dealt_axis)
+    return values, arrays
 
 
-def _save(directory: Path, arrays: dict[str, np.ndarray]) -> None:
-    import orbax.checkpoint as ocp  # here: see make_checkpointer
-
-    options = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
-    make_checkpointer().save(directory, args=ocp.args.PyTreeSave(arrays, save_args=options))
+def _writer() -> Callable[[Path, Mapping[str, StoredArray], Mapping[str, np.ndarray]], None]:
+    """Raises UnsupportedModelError."""
+    try:
+        from jaxllm.checkpoint.orbax_writer import write_arrays  # here: Orbax takes seconds to import
+    except ImportError as error:
+        raise UnsupportedModelError(f"Orbax checkpoints need the extra orbax: {error}") from error
+    return write_arrays
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def load(
 
     Each tensor is read straight into its slice of a buffer of its parameter's shape, so that the host holds no more
     than a few parameters beside the model: one a thread, and none on the CPU backend, which keeps the buffers. Of a
-    parameter in shards a buffer holds one, and only those that this host's devices own are read.
+    parameter in shards a buffer holds one, and only those that this host's devices own are read. While one thread's
+    buffer goes to its device, the others read.
 
     Args:
       model: abstract parameters are replaced by device arrays.
@@ -55,14 +57,18 @@ def load(
       on_progress: called after each parameter, from this thread; see `progress_bar`.
 
     Raises:
-      CheckpointError: tensors are missing, extra or misshapen (all are named), or a file is truncated.
+      CheckpointError: tensors are missing, extra or misshapen (all are named), or a file is truncated or altered.
     """
     parameters = dict(parameters_of(model))
-    expected = {path: Parts(path, parameter).tensors() for path, parameter in parameters.items()}
+    parts = {path: Parts(path, parameter) for path, parameter in parameters.items()}
+    if checkpoint.converted:
+        parts = {path: each.converted() for path, each in parts.items()}
+    expected = {path: each.tensors() for path, each in parts.items()}
     check(expected, checkpoint, tied=getattr(model, "lm_head", True) is None)
+    buffers = _Buffers()
 
     def fill(path: tuple) -> int:
-        array = _read(path, parameters[path], checkpoint, dtype, shardings)
+        array = _read(parts[path], parameters[path], checkpoint, buffers, dtype, shardings)
         array.block_until_ready()  # so that buffers do not pile up behind a slow transfer
         parameters[path].set_value(array)
         return sum(checkpoint.num_bytes(name) for name, _ in expected[path])
@@ -153,26 +159,49 @@ def _is_harmless(name: str, tied: bool) -> bool:
     return bool(_DERIVED.search(name)) or (tied and name == "lm_head.weight")
 
 
+class _Buffers(threading.local):
+    """What a thread reads into. The CPU backend keeps it. For accelerators it is used again: to touch fresh memory may
+    take longer than to read a disk."""
+
+    def __init__(self) -> None:
+        self._kept = np.empty(0, np.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Like np.empty, aligned. Ends the use of what was given out before, unless the CPU backend has it."""
+        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        buffer = self._kept
+        if buffer.size < num_bytes + _ALIGNMENT:
+            buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+        if jax.default_backend() != "cpu":
+            self._kept = buffer
+        start = -buffer.ctypes.data % _ALIGNMENT
+        return buffer[start : start + num_bytes].view(dtype).reshape(shape)
+
+
 def _read(
-    path: tuple,
+    parts: Parts,
     parameter: nnx.Param,
     checkpoint: TensorSource,
+    buffers: _Buffers,
     dtype: DTypeLike | None,
     shardings: Shardings | None,
 ) -> jax.Array:
-    """One parameter on its devices. Projections are stored [out, in] and kept [in, out]: the CPU backend's buffer is
-    written transposed and kept; for accelerators the transposition is theirs, which is faster by far."""
+    """One parameter on its devices. Projections are kept as [in, out]; where a checkpoint has them as [out, in], the
+    CPU backend's buffer is written transposed and kept, and for accelerators the transposition is theirs, which is
+    faster by far."""
     metadata = parameter.get_metadata()
-    parts, shape = Parts(path, parameter), tuple(parameter.shape)
-    transpose = metadata.get("transpose", False)
-    on_device = transpose and jax.default_backend() != "cpu"
+    shape = tuple(parameter.shape)
+    transpose, on_cpu = metadata.get("transpose", False), jax.default_backend() == "cpu"
+    on_device = transpose and not on_cpu and not checkpoint.converted
     kept = np.dtype(dtype or parameter.dtype)
 
     def read(shape: tuple[int, ...], shard: int, where: jax.Device | jax.sharding.Sharding | None) -> jax.Array:
-        host = _empty(shape[::-1] if on_device else shape, kept)
+        host = buffers.empty(shape[::-1] if on_device else shape, kept)
         # the axis along which sources are joined comes first in what is filled
         parts.fill(host.T if transpose and not on_device else host, shard, checkpoint)
         array = place(host, where) if isinstance(where, jax.sharding.Sharding) else jax.device_put(host, where)
+        if not on_cpu:
+            array.block_until_ready()  # then the buffer is free
         return _transpose(array) if on_device else array
 
     if parts.shards == 1:
@@ -186,14 +215,6 @@ def _read(
         return read(tuple(part.stop - part.start for part in index), shard, device)
 
     return from_parts(shape, sharding, read_part)
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Like np.empty, aligned."""
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 @jax.jit

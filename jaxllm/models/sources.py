@@ -4,6 +4,7 @@ A fused projection is interleaved by shard: a shard holds its own piece of every
 keys, its values), so that what it computes can be cut apart without crossing shards.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,6 +17,9 @@ from sharding import RULES, TENSOR
 
 class TensorSource(Protocol):
     """What the loader asks of a checkpoint (`jaxllm.checkpoint.Checkpoint`): names are Hugging Face's."""
+
+    @property
+    def converted(self) -> bool: ...
 
     def names(self) -> Sequence[str]: ...
 
@@ -77,6 +81,7 @@ class Parts:
       sources: under their full names.
       rest: the other dimensions, whole.
       rows, columns: how many shards the first and the second dimension are dealt out among; one of them at most is.
+      dealt_axis: the dimension that shards deal out wherever there are several; None: they all hold the whole.
       joined_axis: where the first dimension stands in the parameter.
     """
 
@@ -87,6 +92,7 @@ class Parts:
         if transpose:
             stored, axes = stored[::-1], axes[::-1]
         dealt = [shards if RULES[axis] == TENSOR else 1 for axis in axes] + [1]
+        self.dealt_axis = next((index for index, axis in enumerate(axes) if RULES[axis] == TENSOR), None)
         self.rest, (self.rows, self.columns) = stored[1:], dealt[:2]
         self.joined_axis = parameter.ndim - 1 if transpose else 0
         if "sources" in metadata:
@@ -117,10 +123,16 @@ class Parts:
                 checkpoint.read_into(source.name, out[start:padding], index)
             out[padding:end] = 0
 
-    def stored_names(self) -> list[str]:
-        """What `jaxllm convert` calls the sources: by the tensor's name, and where they begin if it holds several."""
+    def converted(self) -> "Parts":
+        """The same as `jaxllm convert` stores it: each source is a tensor of its own, called by the name of the one
+        that it comes from, and by where it begins there if that one holds several."""
         names = [source.name for source in self.sources]
-        return [s.name if names.count(s.name) == 1 else f"{s.name}.{s.start}" for s in self.sources]
+        found = copy.copy(self)
+        found.sources = tuple(
+            dataclasses.replace(s, name=s.name if names.count(s.name) == 1 else f"{s.name}.{s.start}", start=0)
+            for s in self.sources
+        )
+        return found
 
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Checkpoint names and shapes of what the parameter is made of, in order."""

@@ -14,6 +14,7 @@ class Memory:
     """
 
     path = "memory"
+    converted = False
 
     def __init__(self, tensors: dict[str, np.ndarray], broken: tuple[str, ...] = ()):
         self.tensors, self.broken = tensors, broken

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.checkpoint import open_checkpoint
-from jaxllm.checkpoint.orbax_source import MANIFEST, WEIGHTS
+from jaxllm.checkpoint import open_checkpoint, orbax_source
+from jaxllm.checkpoint.orbax_source import MANIFEST, WEIGHTS, StoredArray
 from jaxllm.cli.app import app
 from jaxllm.errors import CheckpointError, ConfigError, UnsupportedModelError
 from jaxllm.models import convert as converting
 from jaxllm.models.convert import convert
 from jaxllm.models.loader import load
 from jaxllm.models.registry import model_class
-from jaxllm.models.restore import restore
 from sharding import make_mesh, partition_spec
 from tests.engine import tiny
 from tests.models.harness import GOLDENS
@@ -45,8 +46,7 @@ def filled(directory: Path, mesh, dtype=jnp.float32) -> list[np.ndarray]:
     checkpoint = open_checkpoint(directory)
     family = model_class(checkpoint.config)
     model = family(family.parse_config(checkpoint.config).for_shards(mesh.shape["tensor"]), dtype=dtype)
-    fill = restore if (directory / MANIFEST).exists() else load
-    fill(model, checkpoint, shardings=lambda axes: NamedSharding(mesh, partition_spec(axes)))
+    load(model, checkpoint, shardings=lambda axes: NamedSharding(mesh, partition_spec(axes)))
     arrays = jax.tree.leaves(model)
     assert all(array.dtype == dtype for array in arrays)
     return [np.asarray(shard.data) for array in arrays for shard in array.addressable_shards]
@@ -78,11 +78,53 @@ def main(root: Path) -> None:
         print(json.dumps(tokens(root / f"{name}-converted", tensor_parallel_size=tensor, load_format="orbax")))
 
 
-def test_the_same_parameters_and_tokens_on_any_mesh(tmp_path, root):
+def one_of_two(root: Path, address: str, process: int) -> None:
+    """A process with two devices of four. Writes down what it has read of the model's bytes."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(address, 2, process)
+    for data, tensor in ((1, 4), (2, 2)):  # a rank over both processes, and one each
+        mesh = make_mesh(data=data, tensor=tensor)
+        read = bytes_read()
+        found = filled(root / "converted", mesh)
+        (root / f"read-{tensor}-{process}").write_text(str(bytes_read() - read))
+        for one, other in zip(filled(root / "source", mesh), found, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def bytes_read() -> int:
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return found[0]["values"][0]["value"] if found else 0
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_its_own_shards_alone(tmp_path, root, small_chunks):
+    source = write_source("tiny-llama", tmp_path / "source")
+    convert(open_checkpoint(source), tmp_path / "converted")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.models.test_convert", str(tmp_path), address]
+    both = [subprocess.Popen([*command, str(process)], cwd=root, stderr=subprocess.PIPE) for process in range(2)]
+    for one in both:
+        errors = one.communicate(timeout=300)[1]
+        assert one.returncode == 0, errors[-3000:]
+    size = sum(path.stat().st_size for path in (tmp_path / "converted" / WEIGHTS).rglob("c/**/*") if path.is_file())
+    for process in range(2):
+        assert 0.5 * size < int((tmp_path / f"read-4-{process}").read_text()) < 0.7 * size
+        assert size < int((tmp_path / f"read-2-{process}").read_text()) < 1.2 * size
+
+
+@pytest.fixture
+def small_chunks(monkeypatch) -> None:
+    """Arrays of many chunks, which only large models have else."""
+    monkeypatch.setattr(orbax_source, "_LEAST_CHUNK", 64)
+    monkeypatch.setattr(orbax_source, "_LARGEST_CHUNK", 1024)
+
+
+def test_the_same_parameters_and_tokens_on_any_mesh(tmp_path, root, small_chunks):
     for name in MODELS:
         convert(open_checkpoint(write_source(name, tmp_path / name)), tmp_path / f"{name}-converted")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "tests.models.test_restore", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.models.test_convert", str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
@@ -130,10 +172,52 @@ def test_bfloat16_is_stored_as_it_is_and_restored_as_asked(source, tmp_path):
         pairs = zip(filled(half, make_mesh(), dtype), filled(tmp_path / "converted", make_mesh(), dtype), strict=True)
         assert all(np.array_equal(one, other) for one, other in pairs)
     name = "model.layers.0.mlp.down_proj.weight"
-    assert np.array_equal(checkpoint.read(name), weights[name].T)
+    assert np.array_equal(checkpoint.read(name), weights[name])
     part = np.empty((3, 5), np.float32)
     checkpoint.read_into(name, part, (slice(2, 5), slice(0, 5)))
-    assert np.array_equal(part, weights[name].T[2:5, :5].astype(np.float32))
+    assert np.array_equal(part, weights[name][2:5, :5].astype(np.float32))
+
+
+def test_any_part_is_read_as_numpy_cuts_it(source, tmp_path, small_chunks):
+    convert(open_checkpoint(source), tmp_path / "converted")
+    checkpoint, original = open_checkpoint(tmp_path / "converted"), open_checkpoint(source)
+    random = np.random.default_rng(0)
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        whole = original.read(name)
+        np.testing.assert_array_equal(checkpoint.read(name), whole)
+        for _ in range(20):
+            bounds = [sorted(random.choice(size + 1, 2, replace=False)) for size in whole.shape]
+            part = tuple(slice(int(start), int(stop)) for start, stop in bounds)
+            frame = np.full([size + 2 for size in whole[part].shape], 7, np.float16)
+            inside = tuple(slice(1, -1) for _ in part)
+            checkpoint.read_into(name, frame[inside], part)
+            np.testing.assert_array_equal(frame[inside], whole[part].astype(np.float16))
+            frame[inside] = 7
+            assert (frame == 7).all()  # and nothing beside it was written
+
+
+def test_what_orbax_restores_is_the_same(converted, source):
+    import orbax.checkpoint as ocp
+
+    found = ocp.PyTreeCheckpointer().restore(converted / WEIGHTS)
+    original, checkpoint = load_file(source / "model.safetensors"), open_checkpoint(converted)
+    assert set(found) == set(checkpoint.names()) == set(original)
+    for name, value in original.items():
+        turned = name.endswith("_proj.weight") or name == "lm_head.weight"
+        np.testing.assert_array_equal(found[name], value.T if turned else value)
+        np.testing.assert_array_equal(checkpoint.read(name), value)
+
+
+def test_the_chunks_of_a_large_array_suit_its_shards():
+    for transposed in (False, True):
+        for dealt in (0, 1):
+            stored = StoredArray((28672, 8192), np.dtype("float16"), transposed, dealt)
+            metadata = stored.metadata()
+            chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+            assert metadata["shape"] == ((8192, 28672) if transposed else (28672, 8192))
+            axis = 1 - dealt if transposed else dealt
+            assert (metadata["shape"][axis] // 16) % chunk[axis] == 0
+            assert 4 << 20 < 2 * chunk[0] * chunk[1] <= 9 << 20
 
 
 def largest(directory: Path) -> Path:
@@ -154,7 +238,7 @@ def lengthen(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-@pytest.mark.parametrize("which", [largest, lambda d: largest(d).parent / ".zarray", lambda d: d / MANIFEST])
+@pytest.mark.parametrize("which", [largest, lambda d: largest(d).parents[2] / "zarr.json", lambda d: d / MANIFEST])
 @pytest.mark.parametrize("damage", [truncate, alter, lengthen, os.remove], ids=lambda damage: damage.__name__)
 def test_damage_is_refused_with_the_files_name(converted, damage, which):
     path = which(converted)
@@ -189,7 +273,7 @@ def test_another_models_config_is_refused_with_all_names(converted):
     (converted / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "vocab_size": 301}))
     with pytest.raises(CheckpointError) as caught:
         tiny.llm(converted)
-    for part in ("missing: model.layers.2", "misshapen: lm_head.weight has shape (32, 300)"):
+    for part in ("missing: model.layers.2", "misshapen: lm_head.weight has shape (300, 32)"):
         assert part in str(caught.value)
 
 
@@ -216,4 +300,7 @@ def test_refusals(source, tmp_path, converted):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        one_of_two(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
