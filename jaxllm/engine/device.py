@@ -145,9 +145,11 @@ class Device:
     def write_masks(self, slots: np.ndarray, words: np.ndarray) -> None:
         """Writes grammar masks: slots int32[ranks, M], those past the last are dropped; words int32[ranks, M, W]."""
         block = (slots.reshape(-1), words.reshape(-1, words.shape[2]))
-        slots_array, words_array = self._placed(self._by_rank, *block)
-        run = self.executables.get(WriteMasks(slots.shape[1]))
-        self._masks = run(self._mask_table(), slots_array, words_array)
+        table = self._mask_table()
+        arrays = self._placed(self._by_rank, *block)
+        for array in arrays:
+            self._reserve_for(array)
+        self._masks = self.executables.get(WriteMasks(slots.shape[1]))(table, *arrays)
 
     def _mask_table(self) -> jax.Array:
         """Made when the first request under a grammar samples."""
