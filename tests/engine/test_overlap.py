@@ -83,8 +83,16 @@ def test_stats_in_the_middle_of_a_stream_lose_nothing(own):
     assert found == expected
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a terminal's programs have it; those that a script starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("where", ["launch", "read"])
-def test_ctrl_c_leaves_a_whole_engine(own, monkeypatch, where):
+def test_ctrl_c_leaves_a_whole_engine(own, monkeypatch, where, ctrl_c):
     expected = own.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
     beside = own.stream([8, 9], GREEDY)
     tokens = list(next(beside).token_ids)
