@@ -1,9 +1,9 @@
 """Steps traced and lowered in processes beside the engine's, several at a time.
 
 Mosaic GPU lowers kernels in Python, a second or two for each rung of a step, and threads do that one after another
-under the GIL. `python -m jaxllm.engine.lowering_process FD`, where FD is its end of a socket pair, gets a `_Task` and
-then keys, and answers each with the step as `jax.export` leaves it, for a GPU that it does not touch. To take that over
-costs the engine's process hundredths of a second. Both ends are this program, so they speak pickle.
+under the GIL. `python -m jaxllm.engine.lowering_process IN OUT` reads a `_Task` and then keys from the pipe IN, and
+answers each on OUT with the step as `jax.export` leaves it, for a GPU that it does not touch. To take that over costs the
+engine's process hundredths of a second. Both ends are this program and nobody else has the pipes, so they carry pickles.
 """
 
 import contextlib
@@ -12,13 +12,12 @@ import logging
 import os
 import pickle
 import queue
-import socket
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import jax
@@ -119,33 +118,34 @@ class _Process:
 
     def __init__(self, task: bytes):
         """Starts it. Raises OSError or EOFError if it does not come up."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "jaxllm.engine.lowering_process", str(theirs.fileno())]
+        keys, self._keys = Pipe(duplex=False)
+        self._programs, programs = Pipe(duplex=False)
+        with keys, programs:
+            theirs = [keys.fileno(), programs.fileno()]
             process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", "jaxllm.engine.lowering_process", *map(str, theirs)],
+                pass_fds=theirs,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
                 start_new_session=True,  # Ctrl-C is its owner's to answer
             )
-        self._connection = Connection(ours.detach())
-        self.close = weakref.finalize(self, _end, process, self._connection)
-        self._connection.send_bytes(task)
-        if not self._connection.poll(START_SECONDS):
+        self.close = weakref.finalize(self, _end, process, self._keys, self._programs)
+        self._keys.send_bytes(task)
+        if not self._programs.poll(START_SECONDS):
             raise TimeoutError(f"no answer in {START_SECONDS:g} s")
-        self._connection.recv_bytes()
+        self._programs.recv_bytes()
 
     def lower(self, key: Forward) -> _Program | str:
         """The program, or what was wrong. Raises OSError or EOFError if the process has ended."""
-        self._connection.send_bytes(pickle.dumps(key))
-        return pickle.loads(self._connection.recv_bytes())
+        self._keys.send_bytes(pickle.dumps(key))
+        return pickle.loads(self._programs.recv_bytes())
 
 
-def _end(process: subprocess.Popen, connection: Connection) -> None:
+def _end(process: subprocess.Popen, *connections: Connection) -> None:
     process.kill()
     process.wait()
-    connection.close()
+    for connection in connections:
+        connection.close()
 
 
 class SharedLowering(Lowering):
@@ -240,21 +240,21 @@ def _pickled_task(shape: StepShape, plan: EnginePlan, leaves: Sequence[jax.Shape
 
 def main() -> None:
     """Answers until the owner is gone, or has nothing to ask for IDLE_SECONDS."""
-    connection = Connection(int(sys.argv[1]))
+    keys, programs = Connection(int(sys.argv[1]), writable=False), Connection(int(sys.argv[2]), readable=False)
     with contextlib.suppress(EOFError, OSError):
-        task: _Task = pickle.loads(connection.recv_bytes())
+        task: _Task = pickle.loads(keys.recv_bytes())
         for name, value in task.settings.items():
             if jax.config.values[name] != value:
                 jax.config.update(name, value)
         lowering = Exporting(task.shape, task.plan, task.abstract_leaves(), task.mesh, task.platform)
-        connection.send_bytes(b"ready")
-        while connection.poll(IDLE_SECONDS):
-            key = pickle.loads(connection.recv_bytes())
+        programs.send_bytes(b"ready")
+        while keys.poll(IDLE_SECONDS):
+            key = pickle.loads(keys.recv_bytes())
             try:
                 answer = lowering(key)
             except Exception as error:  # the owner lowers it itself, and sees the whole of it
                 answer = f"{type(error).__name__}: {error}"
-            connection.send_bytes(pickle.dumps(answer))
+            programs.send_bytes(pickle.dumps(answer))
 
 
 if __name__ == "__main__":
