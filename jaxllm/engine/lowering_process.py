@@ -2,8 +2,8 @@
 
 Mosaic GPU lowers kernels in Python, a second or two for each rung of a step, and threads do that one after another
 under the GIL. `python -m jaxllm.engine.lowering_process IN OUT` reads a `_Task` and then keys from the pipe IN, and
-answers each on OUT with the step as `jax.export` leaves it, for a GPU that it does not touch. To take that over costs the
-engine's process hundredths of a second. Both ends are this program and nobody else has the pipes, so they carry pickles.
+answers each on OUT with the step as `jax.export` leaves it, for a GPU that it does not touch. To take that over costs
+the engine's process hundredths of a second. Both ends are this program, nobody else has the pipes: they carry pickles.
 """
 
 import contextlib
