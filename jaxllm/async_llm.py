@@ -142,8 +142,8 @@ class AsyncLLM:
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
     ) -> RequestStream:
-        """As `generate`, at once, for a caller that reads the stream by itself. Every stream must be given back to
-        `close_stream`."""
+        """As `generate`, at once, for a caller that reads the stream by itself: raises the same, here what is refused
+        and from `RequestStream.read` the rest. Every stream must be given back to `close_stream`."""
         prepared = self.builder.build(
             prompt,
             sampling_params,

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 
 import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 
 from jaxllm.bench.models import bench_model
 from jaxllm.bench.serve import COUNTERS, RateResult, ServeWork, serve_rates
@@ -48,11 +49,13 @@ class Served:
         """The counters that results name, 0 where the server has none."""
         response = await self._client.get("/metrics")
         found = dict.fromkeys(COUNTERS, 0.0)
-        for line in response.text.splitlines() if response.status_code == 200 else ():
-            name, _, value = line.rpartition(" ")
-            for counter in COUNTERS:
-                if name.partition("{")[0] in (f"{PREFIX}{counter}_total", f"{PREFIX}num_{counter}_total"):
-                    found[counter] += float(value)
+        if response.status_code != 200:
+            return found
+        names = {f"{PREFIX}{form}{counter}_total": counter for counter in COUNTERS for form in ("", "num_")}
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                if sample.name in names:
+                    found[names[sample.name]] += sample.value
         return found
 
 
