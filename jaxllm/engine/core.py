@@ -66,7 +66,8 @@ class EngineCore:
         ]
         self._grammars: Grammars | None = None
         if load_vocabulary is not None:
-            self._grammars = Grammars(load_vocabulary, runner.vocab_size, plan.scheduler.max_num_seqs)
+            slots = plan.scheduler.max_num_seqs
+            self._grammars = Grammars(load_vocabulary, runner.vocab_size, slots, runner.row_rungs)
         self._rank_of: dict[str, int] = {}
         self._bad_words: dict[str, list[list[int]]] = {}
         self._prompt_logprobs: dict[str, dict[int, Logprobs]] = {}

@@ -109,10 +109,15 @@ class Device:
     def _head(self) -> list[jax.Array]:
         return [self.leaves[at] for at in self._lowering.shape.head]
 
-    def _reserve_for(self, array: jax.Array) -> None:
-        """Makes room for arrays of this size to come and go, if there is none yet."""
+    def _reserve_for(self, array: jax.Array | np.ndarray) -> None:
+        """Makes room for arrays of this size to come and go, if there is none yet; one of the host's is to be split by
+        rank."""
         if self._has_graphs and array.nbytes not in self._reserved:
-            self._reserved[array.nbytes] = reserve(array.addressable_shards[0].data.nbytes, self._everywhere)
+            if isinstance(array, np.ndarray):
+                part = array.nbytes // self._lowering.ranks
+            else:
+                part = array.addressable_shards[0].data.nbytes
+            self._reserved[array.nbytes] = reserve(part, self._everywhere)
 
     def wide(self, k: int, of_last: bool, index: np.ndarray, targets: np.ndarray) -> WideLogprobs:
         """Logprobs of `targets` and of the k most likely tokens at WIDE_ROWS rows `index` of what the last forward pass
@@ -143,13 +148,14 @@ class Device:
             tables[table] = run(tables[table], slot_array, row_array)
 
     def write_masks(self, slots: np.ndarray, words: np.ndarray) -> None:
-        """Writes grammar masks: slots int32[ranks, M], those past the last are dropped; words int32[ranks, M, W]."""
-        block = (slots.reshape(-1), words.reshape(-1, words.shape[2]))
+        """Writes grammar masks: slots int32[ranks, M], those past the last are dropped; words int32[ranks, M, W].
+        Neither may change afterwards."""
+        flat = slots.reshape(-1), words.reshape(-1, words.shape[2])
         table = self._mask_table()
-        arrays = self._placed(self._by_rank, *block)
-        for array in arrays:
+        for array in flat:
             self._reserve_for(array)
-        self._masks = self.executables.get(WriteMasks(slots.shape[1]))(table, *arrays)
+        run = self.executables.get(WriteMasks(slots.shape[1]))
+        self._masks = run(table, *(place(array, self._by_rank) if self._is_shared else array for array in flat))
 
     def _mask_table(self) -> jax.Array:
         """Made when the first request under a grammar samples."""

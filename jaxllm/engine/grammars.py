@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ PATIENCE = 0.002  # seconds that an engine with nothing else to do waits for a c
 
 @dataclasses.dataclass(slots=True)
 class StepMasks:
-    """What grammars allow in a step, of each rank, padded to the longest.
+    """What grammars allow in a step, of each rank, padded to a rung of rows.
 
     Attributes:
       slots: int32[ranks, M], those of the requests; past the last for padding.
@@ -49,11 +50,12 @@ class Grammars:
       load_vocabulary: see `GrammarCompiler`.
       vocab_size: logits a row.
       num_slots: of each rank.
+      rungs: row counts that masks are padded to, ascending; the last one holds all slots.
     """
 
-    def __init__(self, load_vocabulary: LoadVocabulary, vocab_size: int, num_slots: int):
+    def __init__(self, load_vocabulary: LoadVocabulary, vocab_size: int, num_slots: int, rungs: Sequence[int]):
         self._compiler = GrammarCompiler(load_vocabulary)
-        self._words, self._num_slots = mask_words(vocab_size), num_slots
+        self._words, self._num_slots, self._rungs = mask_words(vocab_size), num_slots, rungs
         self._held: collections.OrderedDict[str, tuple[Arrival, Future]] = collections.OrderedDict()
         self._matchers: dict[str, Matcher] = {}
         self._masks: Masks | None = None
@@ -99,7 +101,7 @@ class Grammars:
         except Exception as error:
             return error
         emitted = request.tokens[request.num_prompt_tokens :]
-        matcher.follow(emitted)
+        matcher.follow(request.tokens, request.num_prompt_tokens)
         if matcher.error is not None:
             return InvalidRequestError("output_token_ids", emitted, matcher.error)
         self._matchers[request.id] = matcher
@@ -130,11 +132,11 @@ class Grammars:
                 request = row.request
                 matcher = self._matchers.get(request.id) if row.samples else None
                 if matcher is not None and not request.status.ended:
-                    matcher.follow(request.tokens[request.num_prompt_tokens :])
+                    matcher.follow(request.tokens, request.num_prompt_tokens)
                     found[-1].append((row.slot, request, matcher))
-        most = max([1, *map(len, found)])
-        slots = np.full((len(found), most), self._num_slots, np.int32)
-        words = np.zeros((len(found), most, self._words), np.int32)
+        rung = self._rungs[bisect_left(self._rungs, max(map(len, found)))]
+        slots = np.full((len(found), rung), self._num_slots, np.int32)
+        words = np.zeros((len(found), rung, self._words), np.int32)
         failed = []
         for rank, entries in enumerate(found):
             if entries:

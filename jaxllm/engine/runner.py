@@ -67,7 +67,7 @@ class Runner:
         self.num_ranks = num_ranks
         self._params = [SlotParams(plan.scheduler.max_num_seqs) for _ in range(self.num_ranks)]
         self._needs = [np.zeros(plan.scheduler.max_num_seqs, np.uint8) for _ in range(self.num_ranks)]  # see _need_of
-        self._row_rungs = row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)
+        self.row_rungs = row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)
         self.num_steps = self.num_scheduled_tokens = self.num_padded_tokens = 0
 
     @property
@@ -110,7 +110,7 @@ class Runner:
         assert launched.output is None, "a step samples once"
         launched.masks = masks
         if masks is not None:
-            self._write_masks(masks)
+            self.device.write_masks(masks.slots, masks.words)
         key = self._sample_key(launched.num_rows, launched.need)
         launched.num_rows = key.num_rows
         launched.output = output = self.device.sample(key)
@@ -121,13 +121,6 @@ class Runner:
         if launched.need & _POOLING:
             slots = self.plan.scheduler.max_num_seqs
             launched.pooling = launch_pooling(self.device, launched.batches, slots)
-
-    def _write_masks(self, masks: StepMasks) -> None:
-        """Puts a step's masks where the sampler looks for them, padded to a rung of rows."""
-        count = masks.slots.shape[1]
-        missing = self._row_rungs[bisect_left(self._row_rungs, count)] - count
-        slots = np.pad(masks.slots, ((0, 0), (0, missing)), constant_values=self.layout.num_slots)
-        self.device.write_masks(slots, np.pad(masks.words, ((0, 0), (0, missing), (0, 0))))
 
     def rehearse(self) -> None:
         """Runs steps and samplers that are compiled twice, on no rows: an executable's first runs load its kernels and
@@ -154,7 +147,7 @@ class Runner:
         return self.executables.first_ready(keys)
 
     def _sample_key(self, num_rows: int, need: int) -> Sample:
-        counts = self._row_rungs[bisect_left(self._row_rungs, num_rows) :]
+        counts = self.row_rungs[bisect_left(self.row_rungs, num_rows) :]
         return self.executables.first_ready(_samplers(need & ~(_WIDE | _POOLING), counts))
 
     def _admit(self, rank: int, batch: Batch, bad_words: dict[str, list[list[int]]]) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 if TYPE_CHECKING:
     import llguidance
 
+THREADS = 4  # a mask takes some 30 µs: more threads take longer to wake up than they save
+
 
 class Matcher:
     """One output's place in its grammar.
@@ -27,12 +29,13 @@ class Matcher:
         self.num_consumed = 0
         self.error: str | None = None
 
-    def follow(self, output: Sequence[int]) -> None:
-        """Goes on to the end of an output of which it has seen the beginning. Sets `error` at a forbidden token."""
-        for token in output[self.num_consumed :]:
+    def follow(self, tokens: Sequence[int], begin: int = 0) -> None:
+        """Goes on to the end of an output, tokens[begin:], whose beginning it has seen. Sets `error` at a forbidden
+        token."""
+        for token in tokens[begin + self.num_consumed :]:
             if self.error is None and not self.inner.consume_token(token):
                 self.error = f"token {token} does not go on with structured_outputs: {self.inner.get_error()}"
-        self.num_consumed = len(output)
+        self.num_consumed = len(tokens) - begin
 
     def check(self) -> None:
         """Sets `error` if a mask could not be computed within the limits."""
@@ -46,7 +49,7 @@ class Masks:
     def __init__(self) -> None:
         import llguidance
 
-        self._executor = llguidance.LLExecutor()
+        self._executor = llguidance.LLExecutor(THREADS)
 
     def fill(self, matchers: Sequence[Matcher], out: np.ndarray) -> None:
         """Fills row i of int32[M, ceil(V / 32)], contiguous, with what matchers[i] allows next: bit j % 32 of word
