@@ -27,6 +27,7 @@ from jaxllm.models.rope import rotate, rotate_leading
 from jaxllm.models.sources import Source
 from pallas_kernels import add_rms_norm as norms
 from pallas_kernels import gated_matmul as gating
+from pallas_kernels import rotate_heads as rotating_heads
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from sharding import RULES, TENSOR, shard_start, sum_over
 
@@ -208,10 +209,9 @@ class Attention(nnx.Module):
 
     def _rotated(self, qkv: jax.Array, rope: RopeTables, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [T, heads, head_dim], from [T, out] of the projection."""
-        rotating = self.heads + self.kv_heads
         if backend == "gpu" and 2 * rope[0].shape[1] == self.head_dim:
-            joined = self._normed(qkv.reshape(qkv.shape[0], -1, self.head_dim))
-            joined = rotate_leading(joined, rope, rotating)
+            joined = self._rotated_whole(qkv.reshape(qkv.shape[0], -1, self.head_dim), rope)
+            rotating = self.heads + self.kv_heads
             return joined[:, : self.heads], joined[:, self.heads : rotating], joined[:, rotating:]
         q, k, v = split(qkv, self.qkv_proj)
         q = q.reshape(-1, self.heads, self.head_dim)
@@ -220,6 +220,26 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rope), rotate(k, rope), v
+
+    def _rotated_whole(self, joined: jax.Array, rope: RopeTables) -> jax.Array:
+        """Queries and keys of [T, all heads, head_dim] normalized, where the family does that, and rotated; on GPUs."""
+        tokens, rotating = joined.shape[0], self.heads + self.kv_heads
+        if not rotating_heads.has_kernel(tokens, rotating, self.head_dim, self.head_dim, joined.dtype, "gpu"):
+            return rotate_leading(self._normed(joined), rope, rotating)
+        weights, eps, unit_offset = None, 0.0, False
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.weight[...], self.k_norm.weight[...]
+            eps, unit_offset = self.q_norm.eps, self.q_norm.unit_offset
+        return rotating_heads.rotate_heads(
+            joined,
+            *rope,
+            queries=self.heads,
+            keys=self.kv_heads,
+            norms=weights,
+            eps=eps,
+            unit_offset=unit_offset,
+            backend="gpu",
+        )
 
     def _normed(self, joined: jax.Array) -> jax.Array:
         """Queries and keys of [T, all heads, head_dim] normalized at once, where the family does that."""
