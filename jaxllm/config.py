@@ -34,7 +34,7 @@ class EngineConfig:
     max_model_len: int | None = _option(None, "most tokens of one request, prompt and output; None: the model's limit")
     max_num_seqs: int | None = _option(None, "requests that run at once; None: 32 on CPU, 256 elsewhere")
     max_num_batched_tokens: int | None = _option(None, "token budget of a step; None: 1024 on CPU, 8192 elsewhere")
-    token_rungs: tuple[int, ...] | None = _option(None, "compiled step sizes; None: powers of two up to the budget")
+    token_rungs: tuple[int, ...] | None = _option(None, "compiled step sizes; None: chosen, about powers of two")
     decode_rungs: tuple[int, ...] | None = _option(
         None, "compiled sizes of steps whose rows all have one token; None: a ladder up to max_num_seqs, none on CPU"
     )

@@ -17,13 +17,16 @@ def default_limits(config: EngineConfig, on_cpu: bool) -> tuple[int, int]:
     return max_num_seqs, config.max_num_batched_tokens or max(1024 if on_cpu else 8192, max_num_seqs)
 
 
-def default_rungs(budget: int, on_cpu: bool) -> tuple[int, ...]:
+def default_rungs(budget: int, platform: str) -> tuple[int, ...]:
     """Step sizes worth an executable each: powers of two, as the scheduler cuts chunks to land on one. Of the small
     ones only some, since a small step's time is that of reading the weights; none below 64 where decodes have rungs of
-    their own."""
-    small = (1, 4, 16, 32) if on_cpu else ()
+    their own. On GPUs also those half way between two powers, from 256 tokens on, where time goes with tokens: of
+    requests that arrive one by one fewer then wait for padding (simulated at 28 requests/s for an 8B model on an H100,
+    the last of a hundred waits 69 ms for its first token instead of 84)."""
+    small = (1, 4, 16, 32) if platform == "cpu" else ()
     powers = [2**i for i in range(6, budget.bit_length())]
-    return tuple(sorted({size for size in (*small, *powers) if size < budget} | {budget}))
+    halves = [3 * power // 2 for power in powers if power >= 256] if platform == "gpu" else []
+    return tuple(sorted({size for size in (*small, *powers, *halves) if size < budget} | {budget}))
 
 
 def default_decode_rungs(max_num_seqs: int, hidden_size: int, on_cpu: bool) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ def plan_engine(config: EngineConfig, model: CausalLM, least: Callable[[int], in
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
     max_num_seqs, budget = memory.default_limits(config, on_cpu)
-    rungs = config.token_rungs or memory.default_rungs(budget, on_cpu)
+    rungs = config.token_rungs or memory.default_rungs(budget, jax.default_backend())
 
     layers = model.layer_caches()
     weight_bytes = weight_elements(model) * dtype.itemsize

@@ -48,7 +48,7 @@ def test_the_h100_is_predicted_within_15_percent(name, measured):
 def test_ranks_share_a_workload():
     small = model("small")
     times = clock(small, H100, calibration_of(H100), 1)
-    requests = [([7 + i] * 100, 20) for i in range(16)]
+    requests = [([7 + i] * 128, 20) for i in range(16)]  # steps of 512 and 2048 tokens, without padding
     fits = {data: fit(small, H100, ANY, data=data, tensor=1) for data in (1, 4)}
     one, four = (predict_workload("any", requests, fits[data], times) for data in (1, 4))
     assert four.seconds == predict_workload("any", requests[::4], fits[1], times).seconds
