@@ -299,9 +299,11 @@ def warm_up_order(plan: EnginePlan) -> list[Any]:
     keys: list[Any] = [Stage(), smallest_decode(plan)]
     free = [variant for variant in VARIANTS if not variant.masked]
     keys += [Sample(rows[0], variant) for variant in free]  # small, and all that single requests need
-    steps = [Forward(rung) for rung in rungs] + [Forward(rung, True) for rung in plan.decode_rungs]
+    finer = [rung for rung in rungs[:-1] if rung & (rung - 1)]  # between powers of two: they only save padding
+    steps = [Forward(rung) for rung in rungs if rung not in finer] + [Forward(rung, True) for rung in plan.decode_rungs]
     keys += sorted(steps, key=lambda step: (-step.num_tokens, step.decodes_only))
     keys += [Sample(count, variant) for variant in free for count in reversed(rows)]
+    keys += [Forward(rung) for rung in finer]
     keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages(), Pool()]
     keys += [Sample(count, variant) for variant in VARIANTS if variant.masked for count in rows]
     keys += [WriteMasks(count) for count in rows]
