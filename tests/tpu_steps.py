@@ -155,6 +155,8 @@ class Engine:
         )
         found = tpu_traffic.of_step(self.case.chip, problem, step.lengths, step.kv_lens, decodes_only=step.decodes_only)
         hidden, columns = self.model.config.hidden_size, self.model.config.intermediate_size // self.case.tensor
+        if not step.decodes_only:
+            found["qk_norm_rope"] = tpu_traffic.Traffic(0, 0, 0)  # pages through nothing, multiplies nothing
         for rows in () if step.decodes_only else (step.num_tokens, self.plan.scheduler.max_num_seqs):
             if gated := gated_matmul.traffic(rows, hidden, columns, 2, self.case.chip):
                 found[f"gated_matmul_{rows}"] = gated

@@ -27,6 +27,7 @@ from jaxllm.models.rope import rotate, rotate_leading
 from jaxllm.models.sources import Source
 from pallas_kernels import add_rms_norm as norms
 from pallas_kernels import gated_matmul as gating
+from pallas_kernels import qk_norm_rope as qk
 from pallas_kernels import rotate_heads as rotating_heads
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from sharding import RULES, TENSOR, shard_start, sum_over
@@ -189,7 +190,14 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
         """[T, embed] to [T, heads * head_dim], which `project` has still to bring back, and the cache."""
-        q, k, v = self._rotated(linear(x, self.qkv_proj, metadata.linear), rope, metadata.backend)
+        qkv = linear(x, self.qkv_proj, metadata.linear)
+        if self._has_kernel(qkv, rope, metadata):
+            weights = None
+            if self.q_norm is not None and self.k_norm is not None:
+                weights = self.q_norm.weight[...], self.k_norm.weight[...]
+            q, k, v = qk.qk_norm_rope(qkv, rope, weights, self._heads, backend=metadata.backend)
+        else:
+            q, k, v = self._rotated(qkv, rope, metadata.backend)
         out, cache = ragged_paged_attention(
             q,
             k,
@@ -206,6 +214,17 @@ class Attention(nnx.Module):
     def project(self, attended: jax.Array, metadata: StepMetadata) -> jax.Array:
         """[R, heads * head_dim] to [R, embed]."""
         return linear(attended, self.o_proj, metadata.linear)
+
+    def _has_kernel(self, qkv: jax.Array, rope: RopeTables, metadata: StepMetadata) -> bool:
+        """Whether one kernel splits, normalizes and rotates; the few rows of decodes XLA keeps in VMEM by itself."""
+        is_long = metadata.backend == "tpu" and not metadata.attention[0].decodes_only
+        return is_long and qk.has_kernel(qkv, rope, self._heads, metadata.backend)
+
+    @property
+    def _heads(self) -> qk.Heads:
+        if self.q_norm is None:
+            return qk.Heads(self.heads, self.kv_heads, self.head_dim)
+        return qk.Heads(self.heads, self.kv_heads, self.head_dim, self.q_norm.eps, self.q_norm.unit_offset)
 
     def _rotated(self, qkv: jax.Array, rope: RopeTables, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [T, heads, head_dim], from [T, out] of the projection."""

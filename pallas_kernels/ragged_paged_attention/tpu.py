@@ -119,20 +119,22 @@ def ragged_paged_attention(
     decode_limit = tpu_sizes.vmem_limit(device, tpu_sizes.decode_vmem(problem, decode_sizes))
     prefill_limit = tpu_sizes.vmem_limit(device, tpu_sizes.prefill_vmem(problem, prefill_sizes))
 
+    # Heads first, as the kernels of longer rows take them: of a step's many tokens, few are copied for decode's.
+    q, new = q.transpose(1, 0, 2), new.transpose(1, 0, 2)
     num_rows = min(num_tokens, metadata.kv_lens.shape[0])  # decode rows stand first: row r's query is token r
     decodes_only = metadata.decodes_only or num_tokens == 1
     if not decodes_only:
         cache = tpu_write.write(
             cache,
-            new.transpose(1, 0, 2),
+            new,
             metadata,
             parts=decode_sizes.parts,
             vmem_limit_bytes=tpu_sizes.vmem_limit(device, 0),
             interpret=interpret,
         )
     out, cache = tpu_decode.decode(
-        q[:num_rows],
-        new[:num_rows].astype(jnp.float32),
+        q[:, :num_rows].transpose(1, 0, 2),
+        new[:, :num_rows].transpose(1, 0, 2).astype(jnp.float32),
         cache,
         metadata,
         factor.reshape(1),
@@ -140,23 +142,24 @@ def ragged_paged_attention(
         vmem_limit_bytes=decode_limit,
         **options,
     )
-    token = jnp.arange(num_tokens)[:, None, None]
+    token = jnp.arange(num_tokens)[:, None]
+    out = out.reshape(num_rows, num_heads * lanes)
     if decodes_only:
         out = jnp.where(token < metadata.num_decodes, out, 0)
     else:
         longer = tpu_prefill.prefill(
-            q.transpose(1, 0, 2),
+            q,
             cache,
             metadata,
             factor.reshape(1),
             sizes=prefill_sizes,
             vmem_limit_bytes=prefill_limit,
             **options,
-        ).transpose(1, 0, 2)
+        )
         longer = jnp.where(token < metadata.query_starts[metadata.num_rows], longer, 0)
-        out = jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
+        out = jnp.pad(out, ((0, num_tokens - num_rows), (0, 0)))
         out = jnp.where(token < metadata.num_decodes, out, longer)
-    out = out[:, :, lanes - wide : lanes - wide + head_dim]
+    out = out.reshape(num_tokens, num_heads, lanes)[:, :, lanes - wide : lanes - wide + head_dim]
     if v_scale is not None:
         out = (out * v_scale).astype(q.dtype)
     return out, cache

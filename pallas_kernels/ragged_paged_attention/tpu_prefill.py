@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..mosaic_tpu import keep_in_vmem
+from ..mosaic_tpu import keep_in_vmem, result
 from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
 from .tpu_plan import segments
 from .tpu_sizes import LANES, PrefillSizes, floor_pow2
@@ -241,17 +241,19 @@ def _body(
     @pl.when((segment == last_segment) | (blocks[after] != blocks[segment]))
     def _finish():
         @pl.loop(0, heads * (tokens // chunk))
-        def _rows(index):
-            head = lax.div(index, tokens // chunk)
-            mine = pl.ds(pl.multiple_of(lax.rem(index, tokens // chunk) * chunk, chunk), chunk)
+        def _rows(step):
+            head = lax.div(step, tokens // chunk)
+            mine = pl.ds(pl.multiple_of(lax.rem(step, tokens // chunk) * chunk, chunk), chunk)
             weight = jnp.sum(total[head, :, mine, :].reshape(group * chunk, LANES), axis=1, keepdims=True)
             if sinks is not None:
                 sink = sinks[pl.ds(head * group, group)] * LOG2E  # [group, 1, LANES]
                 sink = jnp.broadcast_to(sink, (group, chunk, LANES)).reshape(group * chunk, LANES)
                 weight = weight + jnp.exp2(sink[:, :1] - highest[head, :, mine, :].reshape(group * chunk, LANES)[:, :1])
             weight = jnp.where(weight == 0.0, 1.0, weight)
-            result = (acc[head, :, mine, :].reshape(group * chunk, lanes) / weight).astype(out.dtype)
-            out[pl.ds(head * group, group), mine, :] = result.reshape(group, chunk, lanes)
+            attended = (acc[head, :, mine, :].reshape(group * chunk, lanes) / weight).astype(out.dtype)
+            for index in range(group):
+                at = pl.ds(pl.multiple_of((head * group + index) * lanes, lanes), lanes)
+                out[mine, at] = attended[index * chunk : (index + 1) * chunk]
 
 
 def prefill(
@@ -275,10 +277,11 @@ def prefill(
       cache: [num_pages, num_kv_heads, page_size, cache lanes], this step's keys and values in it.
       scale: float32[1].
       sinks: float32[num_heads] or None.
-      stay_bytes: the most that queries may take up in VMEM before the call.
+      stay_bytes: the most that queries may take up in VMEM before the call, and outputs behind it.
 
     Returns:
-      out [num_heads, T, lanes]; tokens of other rows and padding hold anything.
+      out [T, num_heads * lanes], as the projection that follows takes it; tokens of other rows and padding hold
+      anything.
     """
     num_heads, num_tokens, lanes = q.shape
     _, num_kv_heads, page_size, cache_lanes = cache.shape
@@ -289,10 +292,8 @@ def prefill(
     last = plan.rows.shape[0] - 1
     tables = metadata.page_tables[:, None, :]
 
-    def block_spec():
-        return pl.BlockSpec(
-            (q_heads, tokens, lanes), lambda part, segment, rows, blocks, *_: (part, blocks[segment], 0)
-        )
+    q_spec = pl.BlockSpec((q_heads, tokens, lanes), lambda part, segment, rows, blocks, *_: (part, blocks[segment], 0))
+    out_spec = pl.BlockSpec((tokens, q_heads * lanes), lambda part, segment, rows, blocks, *_: (blocks[segment], part))
 
     def table_spec(offset):
         return pl.BlockSpec(
@@ -302,7 +303,7 @@ def prefill(
         )
 
     in_specs, operands = (
-        [table_spec(0), table_spec(1), block_spec()],
+        [table_spec(0), table_spec(1), q_spec],
         [tables, tables, keep_in_vmem(q, stay_bytes, interpret)],
     )
     body = functools.partial(_body, sizes=sizes, window=window, cap=cap)
@@ -320,7 +321,7 @@ def prefill(
             num_scalar_prefetch=len(scalars),
             grid=(sizes.parts, jnp.maximum(plan.total[0], 1)),
             in_specs=in_specs,
-            out_specs=block_spec(),
+            out_specs=out_spec,
             scratch_shapes=[
                 pltpu.VMEM((2, heads, sizes.keys, cache_lanes), cache.dtype),
                 pltpu.VMEM((heads, group, tokens, LANES), jnp.float32),
@@ -330,14 +331,14 @@ def prefill(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=result((q.shape[1], num_heads * lanes), q.dtype, stay_bytes, interpret),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
         ),
         interpret=interpret,
         name="ragged_paged_prefill",
     )(*scalars, *operands)
-    return out[:, :num_tokens]
+    return out[:num_tokens]
 
 
 def _without_sinks(body, *refs):

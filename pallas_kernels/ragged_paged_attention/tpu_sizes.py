@@ -49,9 +49,10 @@ class Chip:
 
     @property
     def stay_bytes(self) -> int:
-        """The most that an array may take up in VMEM on its way from or to a kernel. On v4 XLA keeps arrays in CMEM
-        instead, and refuses programs that ask for VMEM."""
-        return self.vmem_limit_bytes // 3 if self.vmem_limit_bytes > 16_000_000 else 0
+        """The most that an array may take up in VMEM on its way from or to a kernel. Where two cores are one device,
+        none: each has a VMEM of its own, in which XLA keeps copies of an array, but a kernel that is split between them
+        writes only its part into either. (v4 keeps arrays in CMEM, which both see.)"""
+        return self.vmem_limit_bytes // 3 if self.cores == 1 else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""The signature of norm and rotation of queries and keys, and the choice of a backend."""
+
+import importlib
+
+import jax
+
+from .types import Heads
+
+BACKENDS = ("reference", "tpu")
+
+
+def has_kernel(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads, backend: str) -> bool:
+    """Whether `backend` has a kernel for these shapes; "reference" takes all."""
+    if backend != "tpu":
+        return backend == "reference"
+    from . import tpu  # Pallas takes time to import
+
+    return tpu.supports(qkv, tables, heads)
+
+
+def qk_norm_rope(
+    qkv: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    weights: tuple[jax.Array, jax.Array] | None,
+    heads: Heads,
+    *,
+    backend: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalizes queries and keys by head, as Qwen3 does, and rotates them (Su et al., 2021) in Hugging Face's
+    half-rotated order. Both in float32, rounded to qkv's dtype after either.
+
+    Args:
+      qkv: [T, heads.width].
+      tables: cosines and sines, float32[T, R] each; 2 R leading dims of a head are rotated.
+      weights: [dim] of the queries' norm and of the keys'; None: there are no norms.
+      backend: one of BACKENDS.
+
+    Returns:
+      queries [T, heads.queries, dim], keys and values [T, heads.keys, dim], in qkv's dtype.
+
+    Raises:
+      ValueError: shapes that do not fit, or what the backend lacks.
+    """
+    if qkv.ndim != 2 or qkv.shape[1] != heads.width or any(len(each) != len(qkv) for each in tables):
+        raise ValueError(f"qkv {qkv.shape} must be [T, {heads.width}], and tables {tables[0].shape} [T, R]")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; the backends are {', '.join(BACKENDS)}")
+    module = importlib.import_module(f".{backend}", __package__)
+    return module.qk_norm_rope(qkv, tables, weights, heads)
