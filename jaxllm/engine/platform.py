@@ -11,6 +11,15 @@ MEMORY_FRACTION = 0.95
 # Several GPUs: outside are also NCCL's buffers and the scratch of XLA's all-reduces, up to 8 MiB each in every
 # executable. A 70B model on four H200 ran out of it with 0.95 and not with 0.8.
 GROUP_MEMORY_FRACTION = 0.8
+# Of what a step's programs are compiled with for TPUs; the names are libtpu's.
+TPU_COMPILER_OPTIONS = {
+    # XLA ends a program with fetching its largest weight into VMEM for the next run, and holds it there meanwhile. A
+    # step's programs take turns, so that it is gone by then; the room that it took is missed by activations.
+    "xla_msa_max_cross_program_prefetches": 0,
+    # XLA gives up an array in VMEM that is not needed for more than so many times as long as it takes to copy it. Small
+    # arrays, such as the residual stream of a small model, went to HBM and back in each layer.
+    "xla_msa_max_overlap_to_mem_size_async_copy_ratio": 1000.0,
+}
 THREADS = 16  # of XLA's pool for CPU devices, at least, where several processes share steps
 
 
