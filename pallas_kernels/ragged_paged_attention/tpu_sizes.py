@@ -21,7 +21,7 @@ import jax
 LANES = 128
 SUBLANES = 8
 TABLE_BYTES = 512 * 1024  # of the 1 MiB of SMEM, for page tables
-MOST_PREFILL_BYTES = 32_000_000  # of VMEM
+MOST_PREFILL_BYTES = 24_000_000  # of VMEM
 MOST_KEYS = 512  # a block of keys; more would only waste the tail of a row
 
 
