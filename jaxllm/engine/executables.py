@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.core.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from jaxllm.engine.layout import ROW
-from jaxllm.engine.platform import TPU_COMPILER_OPTIONS
+from jaxllm.engine.platform import tpu_compiler_options
 from jaxllm.engine.resolve import EnginePlan
 from jaxllm.engine.sampling import VARIANTS, SamplerVariant, mask_words
 from jaxllm.engine.step import (
@@ -207,7 +207,8 @@ class Lowering:
         """Runs `function` on each device's own part. `keep_unused`: arguments that are not read are there for their
         memory, which is donated."""
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        options = TPU_COMPILER_OPTIONS if self.plan.backend == "tpu" else None
+        is_tpu = self.plan.backend == "tpu"
+        options = tpu_compiler_options(self.mesh.devices.flat[0].device_kind) if is_tpu else None
         return jax.jit(mapped, donate_argnums=donate, keep_unused=keep_unused, compiler_options=options)
 
     def forward_arguments(self) -> tuple[Any, ...]:

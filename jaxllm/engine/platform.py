@@ -11,8 +11,8 @@ MEMORY_FRACTION = 0.95
 # Several GPUs: outside are also NCCL's buffers and the scratch of XLA's all-reduces, up to 8 MiB each in every
 # executable. A 70B model on four H200 ran out of it with 0.95 and not with 0.8.
 GROUP_MEMORY_FRACTION = 0.8
-# Of what a step's programs are compiled with for TPUs; the names are libtpu's.
-TPU_COMPILER_OPTIONS = {
+# What programs are compiled with for TPUs; the names are libtpu's. What they do to bytes is in docs/tpu.md.
+_TPU_OPTIONS: dict[str, int | float] = {
     # XLA ends a program with fetching its largest weight into VMEM for the next run, and holds it there meanwhile. A
     # step's programs take turns, so that it is gone by then; the room that it took is missed by activations.
     "xla_msa_max_cross_program_prefetches": 0,
@@ -20,12 +20,21 @@ TPU_COMPILER_OPTIONS = {
     # arrays, such as the residual stream of a small model, went to HBM and back in each layer.
     "xla_msa_max_overlap_to_mem_size_async_copy_ratio": 1000.0,
 }
+# VMEM that a product may take for its tiles, where XLA's limit (16 MiB on v5e) is more than they use. Without what is
+# over, the residual stream, summand and sum between the shards of a 70B model stay there side by side.
+_TPU_TILES_KIB = {"TPU v5 lite": 12 * 1024}
 THREADS = 16  # of XLA's pool for CPU devices, at least, where several processes share steps
 
 
 def memory_fraction(num_devices: int) -> float:
     """The share of each GPU's memory that JAX takes, where so many run one engine."""
     return MEMORY_FRACTION if num_devices == 1 else GROUP_MEMORY_FRACTION
+
+
+def tpu_compiler_options(device_kind: str) -> dict[str, int | float]:
+    """Compiler options of a step's programs on TPUs of this `jax.Device.device_kind`."""
+    tiles = _TPU_TILES_KIB.get(device_kind)
+    return _TPU_OPTIONS if tiles is None else {**_TPU_OPTIONS, "xla_tpu_scoped_vmem_limit_kib": tiles}
 
 
 def configure(num_devices: int = 1) -> None:
