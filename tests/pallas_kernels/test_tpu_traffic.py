@@ -28,16 +28,15 @@ def test_a_decode_row_reads_whole_pages_and_writes_a_tile():
 
 
 def test_a_prompt_is_read_once_a_block_of_its_queries():
-    found = step("v6e", [2048], [2048], decodes_only=False)  # one block, of chunks of 256 queries
-    assert found["ragged_paged_prefill"].read == 2048 * TOKEN
+    found = step("v6e", [2048], [2048], decodes_only=False)  # VMEM for blocks of 1024, of chunks of 256 queries
+    assert found["ragged_paged_prefill"].read == (1024 + 2048) * TOKEN
     assert found["ragged_paged_prefill"].flops == 4 * 32 * 128 * 256 * 512 * (1 + 1 + 2 + 2 + 3 + 3 + 4 + 4)
     assert found["ragged_paged_write"].written == 2048 * TOKEN
     assert found["ragged_paged_write"].read == 64 * TOKEN
     assert found["ragged_paged_decode"] == tpu_traffic.Traffic()
     short = step("v6e", [2048], [2048], decodes_only=False, window=128)["ragged_paged_prefill"]
     assert short.flops < 0.6 * found["ragged_paged_prefill"].flops
-    v4 = step("v4", [2048], [2048], decodes_only=False)["ragged_paged_prefill"]  # VMEM for blocks of 1024
-    assert v4.read == (1024 + 2048) * TOKEN
+    assert step("v6e", [1024], [1024], decodes_only=False)["ragged_paged_prefill"].read == 1024 * TOKEN
 
 
 def test_short_rows_take_parts_of_a_block():
