@@ -28,7 +28,6 @@ from jaxllm.models.sources import Source
 from pallas_kernels import add_rms_norm as norms
 from pallas_kernels import gated_matmul as gating
 from pallas_kernels import qk_norm_rope as qk
-from pallas_kernels import rotate_heads as rotating_heads
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from sharding import RULES, TENSOR, shard_start, sum_over
 
@@ -190,14 +189,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
         """[T, embed] to [T, heads * head_dim], which `project` has still to bring back, and the cache."""
-        qkv = linear(x, self.qkv_proj, metadata.linear)
-        if self._has_kernel(qkv, rope, metadata):
-            weights = None
-            if self.q_norm is not None and self.k_norm is not None:
-                weights = self.q_norm.weight[...], self.k_norm.weight[...]
-            q, k, v = qk.qk_norm_rope(qkv, rope, weights, self._heads, backend=metadata.backend)
-        else:
-            q, k, v = self._rotated(qkv, rope, metadata.backend)
+        qkv, of_decodes = linear(x, self.qkv_proj, metadata.linear), metadata.attention[self.group].decodes_only
+        q, k, v = self._rotated(qkv, rope, metadata.backend, of_decodes)
         out, cache = ragged_paged_attention(
             q,
             k,
@@ -215,22 +208,27 @@ class Attention(nnx.Module):
         """[R, heads * head_dim] to [R, embed]."""
         return linear(attended, self.o_proj, metadata.linear)
 
-    def _has_kernel(self, qkv: jax.Array, rope: RopeTables, metadata: StepMetadata) -> bool:
-        """Whether one kernel splits, normalizes and rotates; the few rows of decodes XLA keeps in VMEM by itself."""
-        is_long = metadata.backend == "tpu" and not metadata.attention[0].decodes_only
-        return is_long and qk.has_kernel(qkv, rope, self._heads, metadata.backend)
-
     @property
     def _heads(self) -> qk.Heads:
         if self.q_norm is None:
             return qk.Heads(self.heads, self.kv_heads, self.head_dim)
         return qk.Heads(self.heads, self.kv_heads, self.head_dim, self.q_norm.eps, self.q_norm.unit_offset)
 
-    def _rotated(self, qkv: jax.Array, rope: RopeTables, backend: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _rotated(
+        self, qkv: jax.Array, rope: RopeTables, backend: str, of_decodes: bool = False
+    ) -> tuple[jax.Array, ...]:
         """Queries, keys and values, each [T, heads, head_dim], from [T, out] of the projection."""
+        heads = self._heads
+        left_to_xla = backend == "tpu" and of_decodes  # so few rows XLA keeps in VMEM by itself
+        if backend in ("gpu", "tpu") and not left_to_xla and qk.has_kernel(qkv, rope, heads, backend):
+            weights = None
+            if self.q_norm is not None and self.k_norm is not None:
+                weights = self.q_norm.weight[...], self.k_norm.weight[...]
+            return qk.qk_norm_rope(qkv, rope, weights, heads, backend=backend)
         if backend == "gpu" and 2 * rope[0].shape[1] == self.head_dim:
-            joined = self._rotated_whole(qkv.reshape(qkv.shape[0], -1, self.head_dim), rope)
+            joined = self._normed(qkv.reshape(qkv.shape[0], -1, self.head_dim))
             rotating = self.heads + self.kv_heads
+            joined = rotate_leading(joined, rope, rotating)
             return joined[:, : self.heads], joined[:, self.heads : rotating], joined[:, rotating:]
         q, k, v = split(qkv, self.qkv_proj)
         q = q.reshape(-1, self.heads, self.head_dim)
@@ -239,26 +237,6 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rope), rotate(k, rope), v
-
-    def _rotated_whole(self, joined: jax.Array, rope: RopeTables) -> jax.Array:
-        """Queries and keys of [T, all heads, head_dim] normalized, where the family does that, and rotated; on GPUs."""
-        tokens, rotating = joined.shape[0], self.heads + self.kv_heads
-        if not rotating_heads.has_kernel(tokens, rotating, self.head_dim, self.head_dim, joined.dtype, "gpu"):
-            return rotate_leading(self._normed(joined), rope, rotating)
-        weights, eps, unit_offset = None, 0.0, False
-        if self.q_norm is not None and self.k_norm is not None:
-            weights = self.q_norm.weight[...], self.k_norm.weight[...]
-            eps, unit_offset = self.q_norm.eps, self.q_norm.unit_offset
-        return rotating_heads.rotate_heads(
-            joined,
-            *rope,
-            queries=self.heads,
-            keys=self.kv_heads,
-            norms=weights,
-            eps=eps,
-            unit_offset=unit_offset,
-            backend="gpu",
-        )
 
     def _normed(self, joined: jax.Array) -> jax.Array:
         """Queries and keys of [T, all heads, head_dim] normalized at once, where the family does that."""

@@ -6,16 +6,20 @@ import jax
 
 from .types import Heads
 
-BACKENDS = ("reference", "tpu")
+BACKENDS = ("reference", "gpu", "tpu")
 
 
 def has_kernel(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads, backend: str) -> bool:
-    """Whether `backend` has a kernel for these shapes; "reference" takes all."""
-    if backend != "tpu":
-        return backend == "reference"
-    from . import tpu  # Pallas takes time to import
+    """Whether `backend` has a kernel that gains something for these shapes; "reference" takes all."""
+    if backend == "gpu":
+        from . import gpu  # Pallas takes time to import
 
-    return tpu.supports(qkv, tables, heads)
+        return len(qkv) >= gpu.MIN_TOKENS and gpu.supports(qkv, tables, heads)
+    if backend == "tpu":
+        from . import tpu
+
+        return tpu.supports(qkv, tables, heads)
+    return backend == "reference"
 
 
 def qk_norm_rope(

@@ -82,5 +82,5 @@ def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
         tpu.qk_norm_rope(qkv[:24], short, None, heads)
     with pytest.raises(ValueError, match=r"must be \[T, 512\]"):
         qk_norm_rope(qkv[:, 1:], tables, None, heads, backend="reference")
-    with pytest.raises(ValueError, match="'gpu' is unknown"):
-        qk_norm_rope(qkv, tables, None, heads, backend="gpu")
+    with pytest.raises(ValueError, match="'xla' is unknown"):
+        qk_norm_rope(qkv, tables, None, heads, backend="xla")

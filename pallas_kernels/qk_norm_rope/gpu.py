@@ -13,16 +13,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..mosaic import tiled
+from .types import Heads
 
 MIN_TOKENS = 128
 ROWS = 64  # of a register tile
-WGMMA, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(0)
 
 
-def supports(num_heads: int, head_dim: int, rotated: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether so many heads of this size, whose first `rotated` dims turn, can be rotated here."""
-    fits = num_heads <= ROWS and num_heads % 8 == 0 and head_dim == rotated and head_dim in (64, 128, 256)
-    return fits and jnp.dtype(dtype) == jnp.bfloat16
+def supports(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads) -> bool:
+    """Whether queries and keys together fill a tile's rows by eights, and are rotated whole."""
+    rotating = heads.queries + heads.keys
+    fits = rotating <= ROWS and rotating % 8 == 0 and 2 * tables[0].shape[1] == heads.dim in (64, 128, 256)
+    return fits and qkv.dtype == jnp.bfloat16
 
 
 def _columns(value: jax.Array) -> jax.Array:
@@ -30,34 +32,30 @@ def _columns(value: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(value, (ROWS, value.shape[0]), [1])
 
 
-def rotate_heads(
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+def qk_norm_rope(
+    qkv: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    weights: tuple[jax.Array, jax.Array] | None,
+    heads: Heads,
     *,
-    queries: int,
-    keys: int,
-    norms: tuple[jax.Array, jax.Array] | None,
-    eps: float,
-    unit_offset: bool,
     interpret=False,
-) -> jax.Array:
-    """See `api.rotate_heads`. Raises ValueError unless `supports(queries + keys, ...)`."""
-    tokens, _, head_dim = x.shape
-    heads, half = queries + keys, head_dim // 2
-    if not supports(heads, head_dim, 2 * cos.shape[1], x.dtype):
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.qk_norm_rope`. What it returns are parts of one array, the projection rotated in place, which attention
+    joins again without a copy. Raises ValueError unless `supports(qkv, tables, heads)`."""
+    rotating, head_dim, half = heads.queries + heads.keys, heads.dim, heads.dim // 2
+    if not supports(qkv, tables, heads):
         raise ValueError(
-            f"{heads} heads of {head_dim} {x.dtype.name}, of which {2 * cos.shape[1]} turn, are not supported on GPU: "
-            f"bfloat16, up to {ROWS} heads, a multiple of 8, of 64, 128 or 256, which turn whole"
+            f"{rotating} heads of {head_dim} {qkv.dtype.name}, of which {2 * tables[0].shape[1]} dims are rotated, are "
+            f"not supported on GPU: bfloat16, up to {ROWS} heads, a multiple of 8, of 64, 128 or 256, rotated whole"
         )
+    x = qkv.reshape(len(qkv), -1, head_dim)
     held = jax.new_ref(x)
-    operands = [cos, sin, *(norms or ())]
 
     def body(cos_ref, sin_ref, *rest):
-        weights, (x_ref, tile, ready) = rest[: len(rest) - 3], rest[len(rest) - 3 :]
+        norms, (x_ref, tile, ready) = rest[: len(rest) - 3], rest[len(rest) - 3 :]
         token = lax.axis_index("token")
-        mine = tile.at[pl.ds(0, heads)]
-        plgpu.copy_gmem_to_smem(x_ref.at[token, pl.ds(0, heads)], mine, ready)
+        mine = tile.at[pl.ds(0, rotating)]
+        plgpu.copy_gmem_to_smem(x_ref.at[token, pl.ds(0, rotating)], mine, ready)
 
         def vector(ref):
             return plgpu.load(ref, layout=PER_COLUMN, optimized=False)
@@ -70,16 +68,16 @@ def rotate_heads(
             return plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
 
         first, second = load(0), load(1)
-        if weights:
+        if norms:
             square = jnp.sum(first * first, axis=1) + jnp.sum(second * second, axis=1)
-            inverse = lax.broadcast_in_dim(lax.rsqrt(square / head_dim + eps), first.shape, [0])
+            inverse = lax.broadcast_in_dim(lax.rsqrt(square / head_dim + heads.eps), first.shape, [0])
             row = plgpu.broadcasted_iota(jnp.int32, first.shape, 0, layout=WGMMA)
 
             def normed(value, part):
-                of_query, of_key = (vector(ref.at[pl.ds(part * half, half)]).astype(jnp.float32) for ref in weights)
-                weight = jnp.where(row < queries, _columns(of_query), _columns(of_key))
+                of_query, of_key = (vector(ref.at[pl.ds(part * half, half)]).astype(jnp.float32) for ref in norms)
+                weight = jnp.where(row < heads.queries, _columns(of_query), _columns(of_key))
                 value = value * inverse
-                if unit_offset:
+                if heads.unit_offset:
                     return (value * (1.0 + weight)).astype(x.dtype).astype(jnp.float32)
                 return (value.astype(x.dtype).astype(jnp.float32) * weight).astype(x.dtype).astype(jnp.float32)
 
@@ -87,17 +85,18 @@ def rotate_heads(
         tile[:, pl.ds(0, half)] = (first * cosines - second * sines).astype(x.dtype)
         tile[:, pl.ds(half, half)] = (second * cosines + first * sines).astype(x.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mine, x_ref.at[token, pl.ds(0, heads)])
+        plgpu.copy_smem_to_gmem(mine, x_ref.at[token, pl.ds(0, rotating)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     plgpu.kernel(
         body,
         out_type=(),
         scratch_types=(tiled((ROWS, head_dim), x.dtype), plgpu.Barrier()),
-        grid=(tokens,),
+        grid=(len(x),),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         interpret=interpret,
-        kernel_name="rotate_heads",
-    )(*operands, held)
-    return jax.freeze(held)
+        kernel_name="qk_norm_rope",
+    )(*tables, *(weights or ()), held)
+    q, k, v = jnp.split(jax.freeze(held), (heads.queries, rotating), axis=1)
+    return q, k, v
