@@ -136,6 +136,7 @@ class CompletionAnswer:
             text = to_json(delta.text)
             return b'%b%b,"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n' % (self._leads[index], text)
         if self._echo_only:
+            self.generation.usage.completion_tokens = 0
             return self._event(index, CompletionOutput(index, finish_reason="length")) if delta.finished else b""
         return self._event(index, delta)
 

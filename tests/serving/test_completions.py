@@ -108,6 +108,14 @@ def test_echo_with_logprobs_scores_the_prompt(server):
     assert scored["usage"]["completion_tokens"] == 0
 
 
+def test_streamed_echo_of_nothing_more_counts_no_tokens(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = dict(prompt=PROMPT, echo=True, max_tokens=0, n=2, stream_options=options)
+    events = server.events("/v1/completions", **body)
+    assert [event["usage"]["completion_tokens"] for event in events] == [0] * len(events)
+    assert [event["choices"][0]["text"] for event in events if event["choices"]] == [PROMPT, PROMPT, "", ""]
+
+
 def test_streamed_echo_begins_with_the_prompt(server):
     events = server.events("/v1/completions", prompt=["the", "in"], echo=True, max_tokens=2, n=2)
     for index in range(4):
@@ -182,6 +190,7 @@ REFUSED = [
     ({"prompt": PROMPT, "logprobs": 21}, 400, "logprobs", "20"),
     ({"prompt": PROMPT, "logit_bias": {"a": 1}}, 400, "logit_bias", "token ids"),
     ({"prompt": PROMPT, "logit_bias": {"300": 1}}, 400, "logit_bias", "300"),
+    ({"prompt": PROMPT, "logit_bias": {"9" * 25: 1}}, 400, "logit_bias", "token ids"),
     ({"prompt": PROMPT, "priority": 1}, 400, "priority", "scheduling_policy"),
     ({"prompt": PROMPT, "stream_options": {"include_usage": True}}, 400, "stream_options", "stream=true"),
     ({"prompt": PROMPT, "stream": True, "prompt_logprobs": 1}, 400, "prompt_logprobs", "streams"),

@@ -23,7 +23,9 @@ def _biases(value: Any) -> Any:
     if value is None:
         return None
     try:
-        return {int(token): bias for token, bias in value.items() if len(token) < 20}
+        if any(len(token) > 20 for token in value):  # more digits than any id has: int() would take its time
+            raise ValueError
+        return {int(token): bias for token, bias in value.items()}
     except (AttributeError, TypeError, ValueError):
         raise PydanticCustomError("logit_bias", "must be an object from token ids to biases") from None
 
