@@ -1,5 +1,8 @@
 """The errors that users meet. Each names the field, the value and the limit."""
 
+# Why the engine gives a sample up whose row has no token to choose.
+NO_TOKEN = "the logits hold NaN or infinity, or every token is forbidden"
+
 
 class JaxllmError(Exception):
     """The root of every error that jaxllm raises on purpose."""

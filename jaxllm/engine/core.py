@@ -31,7 +31,7 @@ from jaxllm.engine.messages import (
 from jaxllm.engine.recovery import CulpritSearch
 from jaxllm.engine.results import RowDetail, StepResult, TokenLogprobs
 from jaxllm.engine.runner import Launched, Runner
-from jaxllm.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from jaxllm.errors import NO_TOKEN, EngineDeadError, InvalidRequestError, QueueFullError
 from jaxllm.structured.compiler import LoadVocabulary
 
 logger = logging.getLogger(__name__)
@@ -320,7 +320,7 @@ class EngineCore:
                 if scheduler.requests.get(request.id) is not request:
                     continue  # it has ended meanwhile; the id may be another request's by now
                 if not detail.finite:
-                    self._fail(request.id, "the logits hold NaN or infinity, or every token is forbidden")
+                    self._fail(request.id, NO_TOKEN)
                 else:
                     by_id[request.id] = detail
                     self._collect(request, detail)

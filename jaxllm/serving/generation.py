@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 
 from jaxllm.core.sampling_params import SamplingParams
-from jaxllm.errors import InvalidRequestError
+from jaxllm.errors import NO_TOKEN, InvalidRequestError
 from jaxllm.frontend.outputs import CompletionOutput
 from jaxllm.frontend.request_stream import RequestStream, wait_any
 from jaxllm.serving.context import Context
@@ -176,8 +176,18 @@ class Generation:
             self.usage.completion_tokens += len(delta.token_ids)
             if delta.finish_reason == "error":
                 self._error = delta.error
+                if delta.error == NO_TOKEN and (field := self._forbids()) is not None:
+                    message = f"{field}={getattr(self._params, field)}: forbids every token that the asked form needs"
+                    raise ApiError(400, message, field, "no_token_left")
                 raise ApiError(500, delta.error or "the engine has given up this sample", None, "generation_error")
         return found
+
+    def _forbids(self) -> str | None:
+        """A parameter that forbids tokens beside a form, which then may have none left: the request's own fault."""
+        if not self.has_grammar:
+            return None
+        names = ("min_tokens", "allowed_token_ids", "bad_words")
+        return next((name for name in names if getattr(self._params, name)), None)
 
     def _measure(self) -> None:
         """Counts what was read last: not before it has been sent on."""

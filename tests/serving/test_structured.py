@@ -340,7 +340,8 @@ def test_forms_that_a_parser_does_not_have_are_refused(plain, monkeypatch):
 def test_what_the_grammar_and_the_rest_forbid_together_is_an_error(plain):
     body = dict(messages=HELLO, structured_outputs={"choice": ["the"]}, min_tokens=9, max_tokens=20)
     answer = plain.post("/v1/chat/completions", **body)
-    assert answer.status_code == 500 and answer.json()["error"]["code"] == "generation_error"
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and (error["param"], error["code"]) == ("min_tokens", "no_token_left")
 
 
 @pytest.mark.parametrize("stream", [False, True])
