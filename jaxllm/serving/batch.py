@@ -23,18 +23,42 @@ from jaxllm.errors import ConfigError, EngineDeadError
 from jaxllm.serving.chat import chat
 from jaxllm.serving.completions import complete
 from jaxllm.serving.context import Context, numbered
+from jaxllm.serving.embeddings import embed
 from jaxllm.serving.errors import ApiError, api_error, refuse, validation_error
 from jaxllm.serving.protocol.chat import ChatRequest
 from jaxllm.serving.protocol.completions import CompletionRequest
+from jaxllm.serving.protocol.embeddings import EmbeddingRequest
 from jaxllm.serving.protocol.responses import ResponsesRequest
 from jaxllm.serving.responses import respond_to
 from jaxllm.serving.services import Services
 from jaxllm.serving.streaming import Answer, collect, deadline, encode
 
-URLS: dict[str, tuple[type[BaseModel], Callable[..., Awaitable[Answer]]]] = {
-    "/v1/completions": (CompletionRequest, complete),
-    "/v1/chat/completions": (ChatRequest, chat),
-    "/v1/responses": (ResponsesRequest, respond_to),
+Work = Callable[[Services, Context, Any], Awaitable[dict[str, Any]]]
+
+
+def _generated(make: Callable[..., Awaitable[Answer]]) -> Work:
+    """The whole body of an answer that is generated."""
+
+    async def work(services: Services, context: Context, body: Any) -> dict[str, Any]:
+        if body.stream:
+            raise refuse("stream", True, "answers of a batch come whole")
+        answer = await make(services, context, body)
+        await answer.generation.start()
+        return await collect(answer, deadline(services, context))
+
+    return work
+
+
+async def _embedded(services: Services, context: Context, body: EmbeddingRequest) -> dict[str, Any]:
+    async with asyncio.timeout_at(deadline(services, context)):
+        return await embed(services, context, body)
+
+
+URLS: dict[str, tuple[type[BaseModel], Work]] = {
+    "/v1/completions": (CompletionRequest, _generated(complete)),
+    "/v1/chat/completions": (ChatRequest, _generated(chat)),
+    "/v1/responses": (ResponsesRequest, _generated(respond_to)),
+    "/v1/embeddings": (EmbeddingRequest, _embedded),
 }
 FIELDS = {"custom_id", "method", "url", "body"}
 _ID = re.compile(r"batch_req_(\d+)")
@@ -135,16 +159,12 @@ def _parse(line: bytes, seen: set[str]) -> dict[str, Any]:
 
 async def _answer(services: Services, context: Context, row: dict[str, Any]) -> dict[str, Any]:
     """The body of a row's answer. Raises what the endpoint would."""
-    model, make = URLS[row["url"]]
+    model, work = URLS[row["url"]]
     try:
         body = model.model_validate(row.get("body"))
     except ValidationError as error:
         raise validation_error(list(error.errors())) from None
-    if getattr(body, "stream", None):
-        raise refuse("stream", True, "answers of a batch come whole")
-    answer = await make(services, context, body)
-    await answer.generation.start()
-    return await collect(answer, deadline(services, context))
+    return await work(services, context, body)
 
 
 async def _run_row(services: Services, number: int, line: bytes, seen: set[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`jaxllm run-batch`: every row once, whatever happens in between."""
 
+import base64
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -50,7 +52,7 @@ def test_rows_are_answered_as_the_server_would(server, files):
         row("bad value", prompt="a", n=0),
         row("stream", prompt="a", stream=True),
         row("other model", prompt="a", model="gpt"),
-        row("no url", "/v1/embeddings"),
+        row("no url", "/v1/moderations"),
         row("a", prompt="a"),
         row("é"),
     ]
@@ -77,6 +79,26 @@ def test_rows_are_answered_as_the_server_would(server, files):
     assert params == ["nonsense", "n", "stream", "model", "url", "custom_id", "prompt"]
     before = target.read_bytes()
     assert run_here() == Tally() and target.read_bytes() == before
+
+
+def vector(item: dict) -> np.ndarray:
+    value = item["embedding"]
+    return np.frombuffer(base64.b64decode(value), "<f4") if isinstance(value, str) else np.array(value)
+
+
+def test_embeddings_as_the_server_gives_them(server, files):
+    source, target = files
+    bodies = [{"input": ["the hand", "ring"]}, {"input": [5, 6], "encoding_format": "base64"}, {"input": ""}]
+    source.write_text("\n".join(json.dumps(row(f"{i}", "/v1/embeddings", **body)) for i, body in enumerate(bodies)))
+    with OutputFile(target) as output:
+        assert server.call(run_batch, server.services, source, output, 4) == Tally(good=2, failed=1)
+    found = answers(target)
+    for number, body in enumerate(bodies[:2]):
+        wanted = server.post("/v1/embeddings", **body).json()
+        given, expected_vectors = ([vector(item) for item in a["data"]] for a in (found[f"{number}"]["body"], wanted))
+        np.testing.assert_allclose(given, expected_vectors, atol=1e-4)  # other requests share the step
+    assert found["2"]["status_code"] == 400 and found["2"]["body"]["error"]["param"] == "input"
+    assert server.services.admission.samples == 0
 
 
 def test_a_killed_run_goes_on(server, model, files):
