@@ -12,9 +12,11 @@ products that are as large as the weights, and what they must move follows from 
      which gate and up meet before either is written.
   3. An array that is written by one product and read by the next crosses memory out and in, unless it stays in memory
      on the chip that XLA keeps whole arrays in (memory space S(1) in its HLO): VMEM on a TPU, CMEM on v4. GPUs have
-     none. A quarter of it belongs to the tiles of weights on their way; an array stays if it
-     fits into the rest together with the residual stream, which lives across all of them. Where only one of the two
-     fits, the one whose way out and in is shorter goes.
+     none. Nor has v5p for results: its device is two cores with a VMEM each, what one core's half of an instruction
+     computes reaches the other through HBM alone, and XLA leaves no product's result in VMEM there. A quarter of it
+     belongs to the tiles of weights on their way; an array stays if it fits into the rest together with the residual
+     stream, which lives across all of them. Where only one of the two fits, the one whose way out and in is shorter
+     goes.
   4. Rows of the embedding are read once. Behind the last layer's attention only sampled rows are needed, and count as
      nothing.
 
@@ -71,7 +73,7 @@ class Activations:
         )
 
     def least_bytes(self, on_chip: int) -> int:
-        """What they must move. on_chip: bytes in which programs may keep arrays, 0 where there are none such."""
+        """What they must move. on_chip: bytes in which programs may keep results, 0 where there are none such."""
         room = on_chip - on_chip // FOR_TILES
         attention = self._across(self.projected, room) + self._across(self.attended, room)
         mlp = self._across(self.gated, room)
