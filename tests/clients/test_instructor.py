@@ -24,9 +24,9 @@ def call(name: str, arguments: dict = ARGUMENTS) -> str:
 
 @pytest.fixture(scope="module")
 def parrot(servers):
-    def make(mode, asynchronous=False):
+    def make(mode, asynchronous=False, slow=False):
         kind = openai.AsyncOpenAI if asynchronous else openai.OpenAI
-        client = kind(base_url=f"{servers.parrot}/v1", api_key="any", max_retries=0)
+        client = kind(base_url=f"{servers.narrow if slow else servers.parrot}/v1", api_key="any", max_retries=0)
         return instructor.from_openai(client, mode=mode, model="parrot")
 
     return make
@@ -65,7 +65,7 @@ def test_json_in_markdown(parrot):
 
 @pytest.mark.usefixtures("grammars")
 def test_partial_answers_grow(parrot):
-    found = list(parrot(Mode.JSON).create_partial(response_model=Weather, messages=say(SAID)))
+    found = list(parrot(Mode.JSON, slow=True).create_partial(response_model=Weather, messages=say(SAID)))
     assert found[-1].model_dump() == ARGUMENTS and found[0].degrees is None
 
 

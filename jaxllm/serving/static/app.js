@@ -3,6 +3,8 @@
 const element = (id) => document.getElementById(id);
 const settings = element("settings");
 const NUMBERS = ["temperature", "top_p", "top_k", "max_completion_tokens", "seed"];
+const CACHE_USE = /^jaxllm:kv_cache_usage_perc(?:\{[^}]*\})? (\S+)$/m; // of /metrics, 0 to 1
+const LOOK_EVERY = 1000; // milliseconds, while an answer is coming
 const KEPT = "jaxllm.settings"; // all but the key, which lasts as long as the tab
 const KEY = "jaxllm.key";
 let conversation = []; // [{role, content}]
@@ -43,6 +45,17 @@ async function loadModels() {
   settings.elements.model.replaceChildren(...data.map(({ id }) => new Option(id, id)));
   element("model").textContent = settings.elements.model.value;
   element("status").textContent = "";
+  await showCache();
+}
+
+// How full the server's cache is, of everybody's requests.
+async function showCache() {
+  let use = null;
+  try {
+    const answer = await fetch("metrics", { headers: headers() });
+    if (answer.ok) use = CACHE_USE.exec(await answer.text());
+  } catch {} // gone for a moment
+  element("cache").textContent = use ? `cache ${(100 * Number(use[1])).toFixed(1)} %` : "";
 }
 
 function request() {
@@ -114,7 +127,7 @@ function atEnd() {
 async function answer() {
   const view = addMessage("assistant");
   const begin = performance.now();
-  let [text, reasoning, first, tokens, stopped] = ["", "", 0, 0, false];
+  let [text, reasoning, first, tokens, reused, stopped] = ["", "", 0, 0, "", false];
   let drawn = false;
   const draw = () => {
     drawn = false;
@@ -128,17 +141,22 @@ async function answer() {
     const now = performance.now();
     const speed = tokens > 1 && now > first ? `, ${(((tokens - 1) * 1000) / (now - first)).toFixed(1)} tokens/s` : "";
     const wait = first ? `, first after ${((first - begin) / 1000).toFixed(2)} s` : "";
-    view.figures.textContent = `${tokens} tokens${speed}${wait}${stopped ? ", stopped" : ""}`;
+    view.figures.textContent = `${tokens} tokens${speed}${wait}${reused}${stopped ? ", stopped" : ""}`;
   };
   running = new AbortController();
   setRunning(true);
+  const looking = setInterval(showCache, LOOK_EVERY);
   try {
     const options = { method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal };
     const response = await fetch("v1/chat/completions", options);
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response.body)) {
       if (event.error) throw new Error(event.error.message);
-      if (event.usage) tokens = event.usage.completion_tokens;
+      if (event.usage) {
+        tokens = event.usage.completion_tokens;
+        const cached = event.usage.prompt_tokens_details?.cached_tokens ?? 0;
+        reused = `, ${cached} of ${event.usage.prompt_tokens} prompt tokens from the cache`;
+      }
       const delta = event.choices[0]?.delta ?? {};
       if (delta.content || delta.reasoning) {
         first ||= performance.now();
@@ -161,10 +179,12 @@ async function answer() {
       view.made.append(line);
     }
   } finally {
+    clearInterval(looking);
     draw();
     figures();
     running = null;
     setRunning(false);
+    showCache();
   }
   if (text) conversation.push({ role: "assistant", content: text });
   else if (!reasoning) conversation.pop(); // what was asked can be asked again
