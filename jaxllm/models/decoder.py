@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, RopeTables, linear
+from jaxllm.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, RopeTables, linear, summand
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
 
 
@@ -47,9 +47,11 @@ class DecoderLayer(nnx.Module):
         return stream, attended, cache
 
     def finish(self, stream: jax.Array, attended: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
-        """The stream and the update to it, both [R, embed], of R rows of what `attend` has left."""
-        stream, x = self.post_attention_layernorm.add(stream, self.self_attn.project(attended, metadata), metadata)
-        return stream, self.mlp(x, metadata)
+        """The stream and the update to it, both [R, embed], of R rows of what `attend` has left; the update may be in
+        parts (`layers.summand`)."""
+        update = summand(attended, self.self_attn.o_proj, metadata)
+        stream, x = self.post_attention_layernorm.add(stream, update, metadata)
+        return stream, summand(self.mlp(x, metadata), self.mlp.down_proj, metadata)
 
 
 @jax.jit

@@ -7,7 +7,7 @@ import jax
 
 from jaxllm.models.config import DecoderConfig, activation_of, integer, layer_windows, positive_float
 from jaxllm.models.decoder import CausalLM, DecoderLayer
-from jaxllm.models.layers import RMSNorm
+from jaxllm.models.layers import RMSNorm, linear
 from jaxllm.models.metadata import StepMetadata
 
 DEFAULTS = {
@@ -46,9 +46,10 @@ class GemmaLayer(DecoderLayer):
         self.post_feedforward_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
 
     def finish(self, stream: jax.Array, attended: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
-        update = self.post_attention_layernorm(self.self_attn.project(attended, metadata))
+        update = self.post_attention_layernorm(linear(attended, self.self_attn.o_proj, metadata.linear))
         stream, x = self.pre_feedforward_layernorm.add(stream, update, metadata)
-        return stream, self.post_feedforward_layernorm(self.mlp(x, metadata))
+        x = linear(self.mlp(x, metadata), self.mlp.down_proj, metadata.linear)
+        return stream, self.post_feedforward_layernorm(x)
 
 
 class Gemma2ForCausalLM(CausalLM):

@@ -89,6 +89,13 @@ def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata, dtype: DTypeL
     return y if weight.bias is None else y + weight.bias[...]
 
 
+def summand(x: jax.Array, weight: Linear, metadata: StepMetadata) -> jax.Array:
+    """`linear` for `RMSNorm.add` alone: [T, out], or the parts of it that its kernel adds up."""
+    if weight.bias is None and weight.sums_over is None:
+        return norms.product(x, weight.kernel[...], metadata.backend)
+    return linear(x, weight, metadata.linear)
+
+
 def gated(x: jax.Array, weight: Linear, activation: str, metadata: StepMetadata) -> jax.Array:
     """act(gate(x)) * up(x) of a fused projection [in, 2 out]: [T, in] to [T, out]; one kernel where there is one."""
     # On TPU both products of a decode stay in VMEM, and XLA fetches the weight there while attention runs.
@@ -124,7 +131,8 @@ class RMSNorm(nnx.Module):
         return norms.rms_norm(x, self.weight[...], eps=self.eps, unit_offset=self.unit_offset)
 
     def add(self, x: jax.Array, update: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
-        """(x + update, its norm) of rows [T, H], in one pass where the step's backend has a kernel for it."""
+        """(x + update, its norm) of rows [T, H], in one pass where the step's backend has a kernel for it; the update
+        may be what `summand` returns."""
         backend = metadata.backend if norms.has_kernel(x.shape[1], x.dtype, metadata.backend) else "reference"
         return norms.add_rms_norm(
             x, update, self.weight[...], eps=self.eps, unit_offset=self.unit_offset, backend=backend
@@ -188,7 +196,7 @@ class Attention(nnx.Module):
         self.k_norm = norm(dtype=dtype) if config.qk_norm else None
 
     def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
-        """[T, embed] to [T, heads * head_dim], which `project` has still to bring back, and the cache."""
+        """[T, embed] to [T, heads * head_dim], which `o_proj` has still to bring back, and the cache."""
         qkv, of_decodes = linear(x, self.qkv_proj, metadata.linear), metadata.attention[self.group].decodes_only
         q, k, v = self._rotated(qkv, rope, metadata.backend, of_decodes)
         out, cache = ragged_paged_attention(
@@ -203,10 +211,6 @@ class Attention(nnx.Module):
             cap=self.cap,
         )
         return out.reshape(x.shape[0], -1), cache
-
-    def project(self, attended: jax.Array, metadata: StepMetadata) -> jax.Array:
-        """[R, heads * head_dim] to [R, embed]."""
-        return linear(attended, self.o_proj, metadata.linear)
 
     @property
     def _heads(self) -> qk.Heads:
@@ -269,4 +273,5 @@ class GatedMLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, metadata: StepMetadata) -> jax.Array:
-        return linear(gated(x, self.gate_up_proj, self.activation, metadata), self.down_proj, metadata.linear)
+        """[T, embed] to [T, intermediate], which `down_proj` has still to bring back."""
+        return gated(x, self.gate_up_proj, self.activation, metadata)

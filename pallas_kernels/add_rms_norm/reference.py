@@ -8,7 +8,10 @@ def add_rms_norm(
     x: jax.Array, update: jax.Array, weight: jax.Array, *, eps: float, unit_offset: bool
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.add_rms_norm`."""
-    x = x + update
+    if update.ndim == 3:
+        x = (x.astype(jnp.float32) + update.sum(0)).astype(x.dtype)
+    else:
+        x = x + update
     return x, rms_norm(x, weight, eps=eps, unit_offset=unit_offset)
 
 

