@@ -97,14 +97,14 @@ def resolve_backend(config: EngineConfig) -> str:
     return "xla"
 
 
-def decode_rungs(config: EngineConfig, max_num_seqs: int, hidden_size: int, on_cpu: bool) -> tuple[int, ...]:
+def decode_rungs(config: EngineConfig, max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
     """Sizes of steps in which every row has one token: what running requests need while no prompt is computed.
 
     Raises:
       ConfigError: one is larger than the number of slots.
     """
     if config.decode_rungs is None:
-        return memory.default_decode_rungs(max_num_seqs, hidden_size, on_cpu)
+        return memory.default_decode_rungs(max_num_seqs, on_cpu)
     if config.decode_rungs and config.decode_rungs[-1] > max_num_seqs:
         raise ConfigError(f"decode_rungs={config.decode_rungs}: the last may be max_num_seqs={max_num_seqs} at most")
     return config.decode_rungs
@@ -144,7 +144,7 @@ def plan_engine(config: EngineConfig, model: CausalLM, least: Callable[[int], in
         max_waiting_requests=config.max_waiting_requests,
         max_waiting_tokens=config.max_waiting_tokens,
     )
-    decodes = decode_rungs(config, max_num_seqs, model.config.hidden_size, on_cpu)
+    decodes = decode_rungs(config, max_num_seqs, on_cpu)
     plan = EnginePlan(dtype, backend, scheduler, decodes, groups, layers, weight_bytes, cache_bytes)
     memory.check_longest_fits(plan.groups, max_model_len, cache_bytes)
     if on_cpu:

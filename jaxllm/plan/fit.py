@@ -183,7 +183,7 @@ def fit(model: Model, chip: Chip, config: EngineConfig, *, data: int, tensor: in
         max_model_len=max_model_len,
         token_rungs=config.token_rungs or memory.default_rungs(step_tokens, chip.platform),
     )
-    decodes = config.decode_rungs or memory.default_decode_rungs(max_num_seqs, shape.hidden_size, on_cpu=False)
+    decodes = config.decode_rungs or memory.default_decode_rungs(max_num_seqs, on_cpu=False)
     return Fit(data, tensor, budget, cache_bytes, groups, scheduler, decodes)
 
 
