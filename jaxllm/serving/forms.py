@@ -82,7 +82,7 @@ def mark_of(tokenizer: Tokenizer) -> Mark:
 
 
 def form_of(params: StructuredOutputsParams, field: str) -> Form:
-    """The same as a part of a larger form; errors call its schema `field`."""
+    """The same as a part of a larger form; errors call it `field`."""
     options = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
     given = {name: getattr(params, name) for name in options if getattr(params, name)}
     if params.json_object is not None:
@@ -90,13 +90,13 @@ def form_of(params: StructuredOutputsParams, field: str) -> Form:
     if params.json is not None:
         return json_text(json.loads(params.json) if isinstance(params.json, str) else params.json, field, **given)
     if params.regex is not None:
-        return regex(params.regex)
+        return {**regex(params.regex), "field": field}
     if params.choice is not None:
         return either([const(text) for text in params.choice])
     if params.grammar is not None:
-        return {"type": "grammar", "grammar": params.grammar}
+        return {"type": "grammar", "grammar": params.grammar, "field": field}
     assert params.structural_tag is not None
-    return {"type": "structural_tag", "structural_tag": json.loads(params.structural_tag)}
+    return {"type": "structural_tag", "structural_tag": json.loads(params.structural_tag), "field": field}
 
 
 def params_of(form: Form) -> StructuredOutputsParams:

@@ -18,7 +18,7 @@ import msgspec
 from jaxllm.core.structured_outputs import StructuredOutputsParams
 from jaxllm.errors import InvalidRequestError
 from jaxllm.structured.grammar import limits, to_llguidance
-from jaxllm.structured.structural_tag import named_schemas
+from jaxllm.structured.structural_tag import named_parts
 from jaxllm.structured.vocabulary import Vocabulary, llguidance_tokenizer
 
 MAX_SECONDS = 10.0
@@ -129,11 +129,9 @@ def _verdict(tokenizer, params: StructuredOutputsParams) -> Verdict:
     if not fault:
         return Verdict(grammar)
     if params.structural_tag is not None:
-        import llguidance
-
-        for field, schema, prepared in named_schemas(json.loads(params.structural_tag)):
-            if own := _error_of(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(prepared)):
-                return Verdict(error=own, field=field, value=repr(schema))
+        for field, value, part in named_parts(json.loads(params.structural_tag)):
+            if own := _error_of(tokenizer, part):
+                return Verdict(error=own, field=field, value=repr(value))
     return Verdict(error=fault)
 
 

@@ -12,12 +12,14 @@ A structural tag is {"type": "structural_tag", "format": FORMAT}, as xgrammar an
 - tags_with_separator (`tags`, `separator`, `at_least_one`, `stop_after_first`)
 
 A trigger, a tag's begin and its end may be a token instead of a string. Text that is free goes on to the end of the
-output, or of its tag. Beside `json_schema` may stand the options of `StructuredOutputsParams` for JSON, by their names,
-and `field`, by which errors call that schema. A structural tag may stand as a format itself (`structural_tag`).
+output, or of its tag. Beside `json_schema` may stand the options of `StructuredOutputsParams` for JSON, by their names.
+A structural tag may stand as a format itself (`structural_tag`). That, and json_schema, regex and grammar, may have a
+`field`, by which errors call it.
 """
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from jaxllm.errors import InvalidRequestError
@@ -31,9 +33,9 @@ JSON_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whit
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "const_string": ({"value"}, set()),
     "json_schema": ({"json_schema"}, {*JSON_OPTIONS, "field"}),
-    "structural_tag": ({"structural_tag"}, set()),
-    "regex": ({"pattern"}, set()),
-    "grammar": ({"grammar"}, set()),
+    "structural_tag": ({"structural_tag"}, {"field"}),
+    "regex": ({"pattern"}, {"field"}),
+    "grammar": ({"grammar"}, {"field"}),
     "any_text": (set(), set()),
     "token": ({"token"}, set()),
     "sequence": ({"elements"}, set()),
@@ -53,11 +55,11 @@ def structural_tag_lark(tag: Any) -> str:
     return _Writer().grammar(tag)
 
 
-def named_schemas(tag: Any) -> list[tuple[str, Any, dict[str, Any]]]:
-    """(field, schema, schema for llguidance) of those that have a `field`, to find which one is at fault."""
+def named_parts(tag: Any) -> list[tuple[str, Any, str]]:
+    """(field, value, its own grammar for llguidance) of those that have a `field`, to find which one is at fault."""
     writer = _Writer()
     writer.grammar(tag)
-    return writer.schemas
+    return [(field, value, make(value)) for field, value, make in writer.named]
 
 
 def json_options(prepared: PreparedSchema, options: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class _Writer:
 
     def __init__(self) -> None:
         self._rules: list[str] = []
-        self.schemas: list[tuple[str, Any, dict[str, Any]]] = []
+        self.named: list[tuple[str, Any, Callable[[Any], str]]] = []
 
     def grammar(self, tag: Any) -> str:
         """All of it."""
@@ -102,6 +104,11 @@ class _Writer:
     def _need(self, holds: bool, limit: str, path: str = "") -> None:
         if not holds:
             raise InvalidRequestError(FIELD, self._whole, f"{path}: {limit}" if path else limit)
+
+    def _name(self, form: Any, value: Any, make: Callable[[Any], str]) -> None:
+        """Keeps a part that has a name of its own; `make` makes a grammar of its value alone."""
+        if form.get("field"):
+            self.named.append((form["field"], value, make))
 
     def _rule(self, body: str, *, terminal: bool = False, options: str = "") -> str:
         name = f"{'T' if terminal else 'r'}{len(self._rules)}"
@@ -133,8 +140,11 @@ class _Writer:
         return f"<[{token}]>"
 
     def _write_regex(self, form: Any, path: str, last: bool) -> str:
+        import llguidance
+
         pattern = form["pattern"]
         self._need(isinstance(pattern, str) and bool(pattern), "pattern must be a non-empty string", path)
+        self._name(form, pattern, llguidance.LLMatcher.grammar_from_regex)
         escaped = {"/": r"\/", "\n": r"\n"}
         return f"/{re.sub(r'\\.|/|\n', lambda m: escaped.get(m[0], m[0]), pattern, flags=re.DOTALL)}/"
 
@@ -142,7 +152,14 @@ class _Writer:
         import llguidance
 
         self._need(isinstance(form["grammar"], str) and bool(form["grammar"]), "grammar must be a string", path)
-        return self._rule(f"%lark {{\n{llguidance.grammar_from('grammar', form['grammar'])}\n}}")
+        try:
+            own = llguidance.grammar_from("grammar", form["grammar"])
+        except ValueError as error:
+            field = form.get("field")
+            self._need(bool(field), str(error), path)
+            raise InvalidRequestError(field, form["grammar"], str(error)) from None
+        self._name(form, form["grammar"], lambda _: own)
+        return self._rule(f"%lark {{\n{own}\n}}")
 
     def _write_json_schema(self, form: Any, path: str, last: bool) -> str:
         schema, field = form["json_schema"], form.get("field")
@@ -152,13 +169,19 @@ class _Writer:
         except SchemaError as error:
             raise InvalidRequestError(field or FIELD, schema, str(error) if field else f"{path}: {error}") from None
         own = {**prepared.schema, "x-guidance": json_options(prepared, options)}
-        if field:
-            self.schemas.append((field, schema, own))
+        self._name(form, schema, lambda _: _json_grammar(own))
         return self._rule(f"%json {json.dumps(own)}")
 
     def _write_structural_tag(self, form: Any, path: str, last: bool) -> str:
-        inner, below = self._form_of(form["structural_tag"])
-        return self._write(inner, f"{path}.{below}", last)
+        tag = form["structural_tag"]
+        if not form.get("field"):
+            inner, below = self._form_of(tag)
+            return self._write(inner, f"{path}.{below}", last)
+        whole, self._whole = self._whole, tag  # errors show it alone, and know no path outside
+        written = self._write(*self._form_of(tag), last)
+        self._whole = whole
+        self._name(form, tag, _tag_grammar)
+        return written
 
     def _write_any_text(self, form: Any, path: str, last: bool) -> str:
         self._need(last, "any_text goes on to the end: nothing may follow it but its tag's end", path)
@@ -274,6 +297,18 @@ class _Writer:
 
 def _begins(begin: Any, trigger: Any) -> bool:
     return begin.startswith(trigger) if isinstance(begin, str) and isinstance(trigger, str) else begin == trigger
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    import llguidance
+
+    return llguidance.LLMatcher.grammar_from_json_schema(schema)
+
+
+def _tag_grammar(tag: Any) -> str:
+    import llguidance
+
+    return llguidance.LLMatcher.grammar_from_lark(structural_tag_lark(tag))
 
 
 def _literal(text: str) -> str:

@@ -327,6 +327,29 @@ def test_refusals_name_the_field_and_the_reason(server, kind, body, field, limit
     assert error["param"] == field and limit in error["message"] and error["message"].startswith(field), error
 
 
+BAD_TAG = {"type": "structural_tag", "format": {"type": "regex", "pattern": "(ab"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        ({"structured_outputs": {"regex": "(ab"}}, "structured_outputs.regex='(ab': "),
+        ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar='start: x': "),
+        ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs.grammar='root ::= (': "),
+        ({"structured_outputs": {"structural_tag": BAD_TAG}}, f"structured_outputs.structural_tag={BAD_TAG}: "),
+        ({"response_format": BAD_TAG}, f"response_format={BAD_TAG}: "),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_a_refusal_shows_the_clients_value_though_it_is_a_part_of_more(server, body, shown, tools):
+    """The form is put together with the reasoning before it, and with the calls that may stand in its place."""
+    answer = server.post("/v1/chat/completions", messages=HELLO, tools=tools, **body)
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    assert message.startswith(shown) and "think" not in message, message
+
+
 def test_forms_that_a_parser_does_not_have_are_refused(plain, monkeypatch):
     monkeypatch.setattr(plain.services.config, "tool_call_parser", "pythonic")
     strict = [tool("point", POINT, strict=True)]
