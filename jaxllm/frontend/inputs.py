@@ -168,6 +168,9 @@ class RequestBuilder:
         text, ids = self.token_ids(prompt)
         room = self.limits.max_model_len - len(ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.min_tokens > room:
+            limit = f"at most {room}: the prompt has {len(ids)} tokens, and max_model_len={self.limits.max_model_len}"
+            raise InvalidRequestError("min_tokens", params.min_tokens, limit)
         stops = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             stops |= self.eos_token_ids

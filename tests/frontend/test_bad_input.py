@@ -157,6 +157,17 @@ def test_one_bad_prompt_of_many_starts_none(beside):
         beside.generate([[5]], GOOD, cache_salt=7)
 
 
+def test_the_least_tokens_must_have_room(beside):
+    for most in (1000, None):
+        with pytest.raises(InvalidRequestError, match=r"min_tokens=127: at most 126: .* 2 tokens.* max_model_len=128"):
+            beside.generate([5, 6], SamplingParams(min_tokens=127, max_tokens=most))
+
+
+def test_the_most_tokens_need_no_room(engine):
+    (output,) = engine().generate([5, 6], SamplingParams(min_tokens=126, max_tokens=1000))
+    assert len(output.outputs[0].token_ids) == 126 and output.outputs[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("emitted", "params", "field"),
     [
