@@ -41,7 +41,8 @@ def test_adapters_are_refused_by_name(guarded):
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         assert guarded.http.post(path, headers=bearer(KEY)).status_code == 401
         refused = guarded.http.post(path, json={"lora_name": "a"}, headers=bearer(ADMIN))
-        assert refused.status_code == 501 and "no LoRA adapters" in refused.json()["error"]["message"]
+        error = refused.json()["error"]
+        assert refused.status_code == 400 and error["code"] == "unsupported" and "no LoRA adapters" in error["message"]
 
 
 def test_without_a_key_they_are_closed(server):

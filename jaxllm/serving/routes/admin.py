@@ -34,7 +34,7 @@ async def unload_lora_adapter() -> None:
 
 
 def _no_adapters(name: str) -> ApiError:
-    return ApiError(501, f"{name}: this engine has no LoRA adapters", None, "unsupported")
+    return ApiError(400, f"{name}: this engine has no LoRA adapters", None, "unsupported")
 
 
 PATHS = frozenset(route.path for route in router.routes)  # type: ignore[attr-defined]
