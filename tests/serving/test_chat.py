@@ -193,6 +193,7 @@ def test_bodies_that_known_clients_send(client, script, stub):
         "max_completion_tokens": 9, "stop": [], "temperature": 0, "top_p": 1, "seed": 1234, "user": "me", "tools": None,
         "stream": False, "logprobs": False, "top_logprobs": None, "frequency_penalty": 0, "presence_penalty": 0,
         "response_format": {"type": "text"}, "store": False, "metadata": {}, "modalities": ["text"],
+        "safety_identifier": "s", "prompt_cache_key": "k",
     }  # fmt: skip
     assert stub.post("/v1/chat/completions", **body).status_code == 200
 

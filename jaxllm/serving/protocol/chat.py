@@ -78,6 +78,8 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     # vLLM's
     add_generation_prompt: bool | None = None
@@ -95,6 +97,7 @@ class ChatRequest(Sampling):
         "audio": Refusal("text only"),
         "prediction": Refusal("predicted outputs are not supported"),
         "store": Refusal("nothing is stored", False),
+        "prompt_cache_retention": Refusal("prefixes are cached while there is room"),
         "service_tier": Refusal("there is one tier", "auto", "default"),
         "web_search_options": Refusal("there is no web search"),
         "verbosity": Refusal("is not supported", "medium"),
