@@ -102,6 +102,7 @@ class Generation:
                     raise self._by_its_name(stream.error)
         except BaseException as error:
             self._ended = [True] * self.num_choices  # refused: there was no sample that could end
+            self._error = str(error) or type(error).__name__
             self.close()
             if isinstance(error, InvalidRequestError):
                 raise self._by_its_name(error) from None
@@ -125,6 +126,7 @@ class Generation:
             self._streams = []
             for index, ended in enumerate(self._ended):
                 if not ended:
+                    self._error = self._error or "aborted: the client has left, or the deadline has passed"
                     self._end(index, "abort", time.perf_counter())
             self._context.log |= {
                 "prompt_tokens": self.usage.prompt_tokens,

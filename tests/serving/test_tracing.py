@@ -56,6 +56,9 @@ def test_spans_of_requests(model, collector):
         (word,) = server.services.llm.get_tokenizer().encode("a", add_special_tokens=False)
         assert server.post("/v1/completions", prompt="b", allowed_token_ids=[word], bad_words=["a"]).status_code == 500
         assert server.post("/v1/completions", prompt="b", nothing=1).status_code == 400  # no request of the engine's
+        body = {"prompt": "b", "max_tokens": 400, "ignore_eos": True}
+        assert server.http.post("/v1/completions", json=body, headers={"X-Request-Timeout": "0.01"}).status_code == 504
+        assert server.post("/v1/completions", prompt="b", structured_outputs={"regex": "(b"}).status_code == 400
     spans = [
         (span, {item.key: value(item.value) for item in span.attributes}, resource.resource)
         for message in received
@@ -63,8 +66,8 @@ def test_spans_of_requests(model, collector):
         for scope in resource.scope_spans
         for span in scope.spans
     ]
-    assert [span.name for span, *_ in spans] == ["llm_request"] * 3
-    (first, found, resource), (_, embedding, _), (failed, *_) = spans
+    assert [span.name for span, *_ in spans] == ["llm_request"] * 5
+    (first, found, resource), (_, embedding, _), (failed, *_), (late, *_), (refused, *_) = spans
     assert {item.key: value(item.value) for item in resource.attributes}["service.name"] == "jaxllm"
     assert first.trace_id.hex() == TRACE and first.parent_span_id.hex() == PARENT
     assert found["gen_ai.request.id"] == "mine" and found["gen_ai.response.model"] == "tiny"
@@ -78,6 +81,9 @@ def test_spans_of_requests(model, collector):
     )
     assert embedding["gen_ai.usage.prompt_tokens"] == 3 and embedding["gen_ai.usage.num_sequences"] == 2
     assert failed.status.code == 2 and "forbidden" in failed.status.message
+    assert late.status.code == 2 and "deadline" in late.status.message
+    assert refused.status.code == 2 and "structured_outputs.regex" in refused.status.message
+    assert not first.status.code
 
 
 def test_what_is_refused_before_the_engine_starts(monkeypatch):
