@@ -95,16 +95,20 @@ class Gate:
         if headers.get(b"content-length", b"0").isdigit() and int(headers.get(b"content-length", b"0")) > most:
             raise error
         pieces, size, more = [], 0, True
-        async with asyncio.timeout(BODY_SECONDS):
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(400, "the client left before the end of the body", None, "disconnected")
-                pieces.append(message.get("body", b""))
-                size += len(pieces[-1])
-                more = message.get("more_body", False)
-                if size > most:
-                    raise error
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client left before the end of the body", None, "disconnected")
+                    pieces.append(message.get("body", b""))
+                    size += len(pieces[-1])
+                    more = message.get("more_body", False)
+                    if size > most:
+                        raise error
+        except TimeoutError:
+            late = f"the body has not come within {BODY_SECONDS:g} s"
+            raise ApiError(408, late, None, "body_too_slow") from None
         return b"".join(pieces)
 
     def _tell(self, scope: Scope, context: Context, status: int) -> None:

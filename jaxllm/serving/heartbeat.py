@@ -10,7 +10,7 @@ from jaxllm.errors import EngineDeadError
 from jaxllm.serving.errors import ApiError
 
 logger = logging.getLogger(__name__)
-RESTART_RETRY = 5  # seconds after which to ask again about an engine that is being restarted
+RESTART_RETRY = 5  # seconds after which to ask again about an engine that hangs or is being restarted
 
 
 class Heartbeat:
@@ -61,4 +61,4 @@ class Heartbeat:
             raise ApiError(503, message, None, "engine_restarting", retry_after=RESTART_RETRY)
         if self.age > self._timeout:
             message = f"the engine has not answered for {self.age:.0f} s (limit: {self._timeout:g} s)"
-            raise ApiError(503, message, None, "engine_stuck")
+            raise ApiError(503, message, None, "engine_stuck", retry_after=RESTART_RETRY)

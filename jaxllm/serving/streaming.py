@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Coroutine
 from typing import Any, Protocol
 
@@ -67,9 +68,10 @@ def error_response(error: ApiError) -> Response:
 
 
 def deadline(services: Services, context: Context) -> float | None:
-    """When, on the event loop's clock, a request that begins now must have ended."""
+    """When, on the event loop's clock, a request must have ended; its time counts from its arrival."""
     limits = [limit for limit in (services.config.request_timeout, context.timeout) if limit is not None]
-    return asyncio.get_running_loop().time() + min(limits) if limits else None
+    gone = time.perf_counter() - context.begin
+    return asyncio.get_running_loop().time() + min(limits) - gone if limits else None
 
 
 async def collect(answer: Answer, until: float | None = None) -> dict[str, Any]:

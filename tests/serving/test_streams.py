@@ -16,6 +16,7 @@ import pytest
 import uvloop
 
 from jaxllm import AsyncLLM
+from jaxllm.serving import gate
 from jaxllm.serving.app import make_services
 from jaxllm.serving.config import ServerConfig
 from jaxllm.serving.errors import ApiError
@@ -211,6 +212,20 @@ def test_deadlines(slow):
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "X-Request-Timeout"
 
 
+def test_the_time_that_a_body_takes_counts(slow, monkeypatch):
+    def slowly():
+        yield b'{"prompt": [5], '
+        time.sleep(0.5)
+        yield b'"max_tokens": 100, "ignore_eos": true}'  # a second
+
+    headers = {"content-type": "application/json"}
+    late = slow.http.post("/v1/completions", content=slowly(), headers=headers | {"X-Request-Timeout": "1.25"})
+    assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.1)
+    late = slow.http.post("/v1/completions", content=slowly(), headers=headers)
+    assert late.status_code == 408 and late.json()["error"]["code"] == "body_too_slow"
+
+
 def test_draining_lets_the_running_end(model):
     engine = scripted(model, ["the " * 100] * 3, steps_per_second=100)
     with running(engine, drain_timeout=30) as server:
@@ -228,6 +243,7 @@ def test_draining_lets_the_running_end(model):
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         assert "retry-after" in refused.headers
         assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
+        assert int(server.http.get("/ready").headers["retry-after"]) > 0
         reader.join(30)
         assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 60
         until(lambda: server.ended)
@@ -284,4 +300,5 @@ def test_health_follows_the_engine(model):
             until(lambda: server.http.get("/health").status_code == 503)
             assert server.http.get("/health").json()["error"]["code"] == "engine_stuck"
             assert server.http.get("/ready").status_code == 503
+            assert int(server.http.get("/ready").headers["retry-after"]) > 0
         until(lambda: server.http.get("/health").status_code == 200)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from jaxllm.errors import JaxllmError
+from jaxllm.serving.admission import LONGEST_RETRY
 from jaxllm.serving.errors import ApiError
 from jaxllm.serving.routes.dependencies import ServicesOf
 
@@ -28,7 +29,7 @@ async def ready(services: ServicesOf) -> dict[str, Any]:
     """200 while new requests are taken, else 503: for load balancers."""
     services.heartbeat.check()
     if services.admission.draining:
-        raise ApiError(503, "the server is shutting down", None, "draining")
+        raise ApiError(503, "the server is shutting down", None, "draining", retry_after=LONGEST_RETRY)
     return {"status": "ready"}
 
 
