@@ -167,7 +167,8 @@ class ResponsesAnswer:
         item["status"] = status
         if item["type"] == "function_call":
             item["arguments"] = text
-            data = self._event("response.function_call_arguments.done", **place, arguments=text)
+            done = "response.function_call_arguments.done"
+            data = self._event(done, **place, name=item["name"], arguments=text)
         else:
             part = self._part(text, self._kept)
             item["content"] = [part]
@@ -212,7 +213,8 @@ class ResponsesAnswer:
         usage = self.generation.usage
         self._response["usage"] = {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            # What is written is a matter of prices, and nothing is charged for it here.
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,

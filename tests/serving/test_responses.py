@@ -1,8 +1,10 @@
 """/v1/responses: items and their events, as the official client reads them."""
 
 import json
+import typing
 
 import pytest
+from openai.types.responses import Response, ResponseStreamEvent
 
 from tests.serving.test_chat import CALL, expected
 
@@ -64,6 +66,32 @@ def test_events_build_the_same_items(client, script):
             assert event.item == events[-1].response.output[event.output_index]
     assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") == 3
     assert kinds.count("response.content_part.added") == kinds.count("response.content_part.done") == 2
+
+
+EVENTS = {
+    typing.get_args(kind.model_fields["type"].annotation)[0]: kind
+    for kind in typing.get_args(typing.get_args(ResponseStreamEvent)[0])
+}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "max_output_tokens": 20, "parallel_tool_calls": False},
+        {"tool_choice": "none", "tools": [TOOL], "reasoning": {"effort": "low"}, "text": {"format": {"type": "text"}}},
+    ],
+)
+def test_nothing_is_missing_that_the_client_declares(stub, script, body):
+    """The client itself takes what comes, and leaves out attributes without a word."""
+    script += [SAID, SAID]
+    Response.model_validate(stub.post("/v1/responses", input="Hi", **body).json())
+    lines = stub.post("/v1/responses", input="Hi", stream=True, **body).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    for event in events:
+        EVENTS[event["type"]].model_validate(event)
+    calls = [event for event in events if event["type"] == "response.function_call_arguments.done"]
+    assert all(call["name"] == TOOL["name"] for call in calls) and bool(calls) == (body == {"tools": [TOOL]})
 
 
 def test_the_clients_helper_reads_the_stream(client, script):
