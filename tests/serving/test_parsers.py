@@ -107,6 +107,14 @@ def test_text_beside_calls():
     assert content(events) == "Well." and calls(events) == [("f", {})]
 
 
+def test_a_calls_end_that_is_cut_short_is_no_content():
+    text = "So:" + written("hermes", [("f", {"a": 1})])
+    for length in range(text.index("</tool_call>"), len(text)):
+        events = parse(PARSERS["hermes"](), text[:length])
+        assert content(events) == "So:" and calls(events) == [("f", {"a": 1})]
+    assert content(parse(PARSERS["hermes"](), text + " a <")) == "So: a <"
+
+
 def test_the_formats_variants():
     assert calls(
         parse(PARSERS["llama3_json"](), '<|python_tag|>{"type": "function", "name": "f", "parameters": {}}')

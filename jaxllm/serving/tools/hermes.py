@@ -50,7 +50,7 @@ class HermesParser(ToolParser):
         if self._call is not None:
             self._call.finish(events)
         held = self._scanner.flush()
-        if held:
+        if held and not (self._closing and END.startswith(held)):  # of a call's end that was cut short
             events.append(Content(held))
 
     @classmethod
