@@ -85,7 +85,9 @@ def _invalid(request: Request, error: Exception) -> Response:
 def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, messages = request.url.path, {404: "no such endpoint", 405: f"{request.method} is not allowed here"}
-    return error_response(ApiError(error.status_code, f"{path}: {messages.get(error.status_code, error.detail)}"))
+    response = error_response(ApiError(error.status_code, f"{path}: {messages.get(error.status_code, error.detail)}"))
+    response.headers.update(error.headers or {})  # 405's Allow
+    return response
 
 
 def _failed(request: Request, error: Exception) -> Response:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxllm.core.sampling_params import SamplingParams
+from jaxllm.errors import InvalidRequestError
 from jaxllm.serving.chat_answer import ChatAnswer, Wishes
 from jaxllm.serving.context import Context
 from jaxllm.serving.conversation import render
-from jaxllm.serving.errors import refuse
+from jaxllm.serving.errors import api_error, refuse
 from jaxllm.serving.forms import mark_of, special_token
 from jaxllm.serving.generation import Generation
 from jaxllm.serving.protocol.chat import ChatRequest
@@ -46,7 +47,11 @@ class PreparedChat:
 
 async def chat(services: Services, context: Context, body: ChatRequest) -> ChatAnswer:
     """An answer whose generation has not been started. Raises ApiError or any of jaxllm.errors."""
-    prepared = await prepare(services, context, body)
+    try:
+        prepared = await prepare(services, context, body)
+    except InvalidRequestError as error:
+        names = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        raise api_error(error, names) from error
     options = body.stream_options
     wishes = Wishes(
         request_id=body.request_id or context.request_id,

@@ -164,6 +164,8 @@ REFUSED = [
     ({"messages": HELLO, "chat_template": "{{ 1 }}"}, "chat_template", "operator"),
     ({"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "itself"),
     ({"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "give one"),
+    ({"messages": HELLO, "max_tokens": 0}, "max_tokens", "at least 1"),
+    ({"messages": HELLO, "max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
     ({"messages": [NO_OBJECT]}, "messages[0].tool_calls", "object"),
 ]  # fmt: skip
 

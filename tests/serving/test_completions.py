@@ -231,7 +231,7 @@ def test_what_is_no_json_is_refused(server):
         answer = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": kind})
         assert answer.status_code == 200
     answer = server.http.get("/v1/completions")
-    assert answer.status_code == 405
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
     text = json.dumps({"prompt": "\ud800"})
     answer = server.http.post("/v1/completions", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and "surrogate" in answer.json()["error"]["message"]
