@@ -1,13 +1,14 @@
 """The notebooks run from top to bottom in a kernel of this environment, and say what they promise. Their engines
-have four of the nine step sizes that they have by default, so that less is compiled."""
+have smaller sizes than by default (`tests/smollm2.py`), so that less is compiled."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.smollm2 import PRELUDE
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-FEWER_RUNGS = "import functools, jaxllm; jaxllm.LLM = functools.partial(jaxllm.LLM, token_rungs=(1, 16, 128, 1024))"
 
 
 def run(name: str, monkeypatch) -> tuple[list[str], list[str]]:
@@ -20,7 +21,7 @@ def run(name: str, monkeypatch) -> tuple[list[str], list[str]]:
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     nbformat.validate(notebook)
     assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code"), "commit it without outputs"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(FEWER_RUNGS))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(PRELUDE))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
     _, *cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = [

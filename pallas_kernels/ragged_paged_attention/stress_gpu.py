@@ -102,7 +102,7 @@ def make_case(
     q = rng.standard_normal((tokens, heads, head_dim))
     k, v = rng.standard_normal((2, tokens, kv_heads, head_dim))
     q[starts[-1] :] = k[starts[-1] :] = v[starts[-1] :] = np.nan
-    return *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, cache)), metadata
+    return *(jnp.asarray(x.astype(jnp.bfloat16)) for x in (q, k, v, cache)), metadata
 
 
 def relative_error(out, expected) -> float:

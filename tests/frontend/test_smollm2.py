@@ -5,13 +5,12 @@ import json
 import pytest
 
 from jaxllm import LLM, SamplingParams
-
-SIZES = dict(max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64, token_rungs=(8, 64), page_size=16)
+from tests.smollm2 import SIZES
 
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM("smollm2", kv_cache_memory_bytes=60_000_000, warm_up=False, **SIZES) as llm:
+    with LLM("smollm2", warm_up=False, **SIZES) as llm:
         yield llm
 
 
