@@ -110,7 +110,7 @@ def test_long_prompts_long_outputs_prefixes_streams_and_resets(warm, compilation
 
 def test_a_first_request_with_tables_right_after_warm_up(checkpoint, compilations):
     """The sampler's tables are made when the first request asks for them."""
-    with tiny.llm(checkpoint("llama"), max_num_seqs=16, max_num_batched_tokens=32, token_rungs=(4, 32)) as llm:
+    with tiny.llm(checkpoint("llama"), **tiny.LEAST) as llm:
         llm.warm_up()
         with compilations:
             llm.generate([5, 6, 7], SamplingParams(logit_bias={5: 1.0}, bad_words=["the"], min_tokens=1, max_tokens=2))
@@ -120,7 +120,7 @@ def test_a_first_request_with_tables_right_after_warm_up(checkpoint, compilation
 @pytest.mark.parametrize("asked,compiled", [({"prompt_logprobs": 1}, 2), ({"logprobs": -1}, 1), ({"logprobs": 21}, 1)])
 def test_wide_logprobs_are_the_exception_and_say_so(checkpoint, asked, compiled, caplog):
     """A prompt's need a step that leaves all hidden rows, too."""
-    with tiny.llm(checkpoint("llama"), max_num_seqs=16, max_num_batched_tokens=32, token_rungs=(4, 32)) as llm:
+    with tiny.llm(checkpoint("llama"), **tiny.LEAST) as llm:
         llm.warm_up()
         params = SamplingParams(temperature=0, max_tokens=1, **asked)
         with caplog.at_level(logging.WARNING):

@@ -295,7 +295,7 @@ def test_aborted_while_its_grammar_compiles(engine, monkeypatch):
 
 
 def test_warm_up_prepares_for_grammars_and_nothing_else_does(checkpoint):
-    with tiny.llm(checkpoint("llama"), max_num_seqs=4, max_num_batched_tokens=16, token_rungs=(4, 16)) as llm:
+    with tiny.llm(checkpoint("llama"), **tiny.LEAST) as llm:
         compiler = llm._client._core._grammars._compiler
         llm.generate([[5, 6]], SamplingParams(max_tokens=2))
         assert compiler._vocabulary is None and not compiler._idle
@@ -310,7 +310,7 @@ def test_warm_up_prepares_for_grammars_and_nothing_else_does(checkpoint):
 
 
 def test_a_model_that_has_no_grammars_warms_up(checkpoint, monkeypatch, caplog):
-    with tiny.llm(checkpoint("llama"), max_num_seqs=1, max_num_batched_tokens=4, token_rungs=(4,)) as llm:
+    with tiny.llm(checkpoint("llama"), **tiny.LEAST) as llm:
         compiler = llm._client._core._grammars._compiler
 
         def fails():

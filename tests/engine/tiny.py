@@ -40,6 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 OPTIONS = dict(max_num_seqs=32, max_num_batched_tokens=128, token_rungs=(4, 32, 128), page_size=8, warm_up=False)
 
+LEAST = dict(max_num_seqs=1, max_num_batched_tokens=4, token_rungs=(4,))  # as little as warm-up can compile
+
 
 def tensors(kind: str, seed: int = 0, num_heads: int = HEADS, num_kv_heads: int = KV_HEADS) -> dict[str, np.ndarray]:
     """Weights of unit gain, so that no layer drowns in the residual stream."""

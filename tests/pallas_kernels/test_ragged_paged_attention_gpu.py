@@ -24,7 +24,7 @@ from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillConfig
 from pallas_kernels.ragged_paged_attention.stress_gpu import make_case, make_metadata, relative_error
 from pallas_kernels.ragged_paged_attention.types import CacheSpec
 
-SHAPE = ("tokens", "max_rows", "table_width", "decodes_only", "prefixes")
+SHAPE = ("tokens", "max_rows", "table_width", "decodes_only", "prefixes", "num_pages")
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 reference_of = jax.jit(reference.ragged_paged_attention, static_argnames=("scale", "window", "cap"))
 
@@ -60,8 +60,13 @@ def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+# Sizes that tests share, so that their programs are compiled once.
+MIXED = dict(tokens=80, max_rows=6, table_width=4, pack=2, num_pages=14)
+DECODES = dict(tokens=6, table_width=8, decodes_only=True, num_pages=16)
+
+
 def test_rows_of_one_token_and_many_with_padding(capfd):
-    run_and_compare(capfd, [(1, 150), (1, 1), (70, 75), (3, 130)], tokens=80, max_rows=6, table_width=4, pack=2)
+    run_and_compare(capfd, [(1, 150), (1, 1), (70, 75), (3, 130)], **MIXED)
 
 
 def test_window_cap_and_sinks_over_small_pages(capfd):
@@ -91,7 +96,7 @@ def test_head_dim_96_is_padded():
 
 def test_decodes_only_with_padding(capfd):
     """More rows than streams and fewer: pairs that are cut and pairs that are not; padding comes out as zeros."""
-    run_and_compare(capfd, [(1, 130), (1, 1), (1, 64), (1, 400)], tokens=6, decodes_only=True)
+    run_and_compare(capfd, [(1, 130), (1, 1), (1, 64), (1, 400)], **DECODES)
     run_and_compare(capfd, [(1, 65)], tokens=1, decodes_only=True)
 
 
@@ -116,11 +121,11 @@ def test_shared_pages_of_a_mixed_batch(capfd):
 
 
 def test_decodes_only_without_rows(capfd):
-    run_and_compare(capfd, [], tokens=2, table_width=1, decodes_only=True, blocks=1)
+    run_and_compare(capfd, [], **DECODES)
 
 
 def test_empty_batch_gives_zeros(capfd):
-    run_and_compare(capfd, [], tokens=64, max_rows=2, table_width=1, blocks=1)
+    run_and_compare(capfd, [], **MIXED)
 
 
 @pytest.mark.slow
