@@ -4,6 +4,8 @@ import pytest
 
 from jaxllm.bench import parity
 
+SIZES = dict(max_num_seqs=4, max_num_batched_tokens=64, token_rungs=(4, 64), page_size=16)  # those of `tiny_flags`
+
 
 def test_errors_are_relative_and_over_tokens_that_both_name():
     found = parity.errors([{1: -3.0, 2: -4.1, 9: -8.0}], [{1: -3.0, 2: -4.0, 7: -9.0}])
@@ -17,6 +19,6 @@ def test_a_gap_is_from_the_best():
 
 
 def test_rounding_is_measured_and_allowed(tiny_flags):
-    result = parity.measure_parity(tiny_flags[1], {"dtype": "bfloat16", "load_format": "dummy"}, 4)
+    result = parity.measure_parity(tiny_flags[1], {"dtype": "bfloat16", "load_format": "dummy", **SIZES}, 4)
     assert 0 < result.rounding_mean <= result.rounding_worst and result.backend_mean < 3 * result.rounding_mean
     assert result.tolerance == max(parity.TOLERANCE, 2 * result.rounding_worst) and result.agrees

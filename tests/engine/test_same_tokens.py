@@ -11,6 +11,9 @@ from jaxllm.engine.executables import Forward
 from tests.engine import tiny
 
 KINDS = ("llama", "mistral", "gemma2")
+# Where Mistral's window says nothing that Gemma 2's, beside full attention, does not: how steps are cut touches no cache
+# group.
+WITHOUT_MISTRAL = ("llama", pytest.param("mistral", marks=pytest.mark.slow), "gemma2")
 CHUNKED = dict(max_num_seqs=8, max_num_batched_tokens=8, token_rungs=(4, 8))
 TIGHT = dict(kv_cache_memory_bytes=34_000)  # pages for one request of max_model_len
 
@@ -69,7 +72,7 @@ def test_in_a_batch_of_32(kind, engine, truth):
     assert_same(run(engine(kind), [work[i] for i in again], cache_salt="reversed"), [alone[i] for i in again])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITHOUT_MISTRAL)
 def test_with_steps_of_decodes_only(kind, engine, truth):
     work, alone = truth(kind)
     llm = engine(kind, decode_rungs=(1, 8, 32))
@@ -78,7 +81,7 @@ def test_with_steps_of_decodes_only(kind, engine, truth):
     assert any(key.decodes_only for key in ready) and any(not key.decodes_only for key in ready)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITHOUT_MISTRAL)
 def test_in_chunks(kind, engine, truth):
     work, alone = truth(kind)
     llm = engine(kind, **CHUNKED)

@@ -53,7 +53,7 @@ def filled(directory: Path, mesh, dtype=jnp.float32) -> list[np.ndarray]:
 
 
 def tokens(directory: Path, **options) -> list[list[int]]:
-    with tiny.llm(directory, **options) as llm:
+    with tiny.llm(directory, max_num_batched_tokens=32, token_rungs=(32,), **options) as llm:
         return [output.outputs[0].token_ids for output in llm.generate(tiny.prompts(3), GREEDY)]
 
 
