@@ -25,6 +25,15 @@ with contextlib.suppress(ImportError):  # the environment of tests/clients has n
     hypothesis.settings.load_profile("jaxllm")
 
 
+# Files whose tests take long each: they run first, so that none begins when the other worker has nothing left to do,
+# and one after the other, so that what they share is compiled once.
+FIRST = ("test_smollm2", "test_documents", "test_notebooks", "test_offline_generate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the checkout."""

@@ -25,7 +25,9 @@ def test_relative_links_lead_somewhere(document):
 def test_the_readmes_example_runs():
     """Word for word, but with an engine of smaller sizes, so that less is compiled."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", PRELUDE + example], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + example], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert first.startswith("The capital of France is -> ") and "Paris" in first

@@ -43,7 +43,8 @@ def main(checkpoint: str) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", 2)
-    with tiny.llm(checkpoint, data_parallel_size=2, max_num_seqs=16) as llm:
+    sizes = dict(max_num_seqs=16, max_num_batched_tokens=32, token_rungs=(4, 32))
+    with tiny.llm(checkpoint, data_parallel_size=2, **sizes) as llm:
         found = results(llm)
         core = llm._client._core  # type: ignore[attr-defined]
         found["ranks"] = [scheduler._num_added for scheduler in core.schedulers]

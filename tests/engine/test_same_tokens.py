@@ -11,8 +11,8 @@ from jaxllm.engine.executables import Forward
 from tests.engine import tiny
 
 KINDS = ("llama", "mistral", "gemma2")
-# Where Mistral's window says nothing that Gemma 2's, beside full attention, does not: how steps are cut touches no cache
-# group.
+# Where Mistral's window says nothing that Gemma 2's, beside full attention, does not: how steps are cut touches no
+# cache group.
 WITHOUT_MISTRAL = ("llama", pytest.param("mistral", marks=pytest.mark.slow), "gemma2")
 CHUNKED = dict(max_num_seqs=8, max_num_batched_tokens=8, token_rungs=(4, 8))
 TIGHT = dict(kv_cache_memory_bytes=34_000)  # pages for one request of max_model_len

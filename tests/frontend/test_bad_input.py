@@ -343,7 +343,7 @@ def test_a_corrupt_gguf(tmp_path, content):
 
 def test_random_weights_need_no_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIGS["llama"]))
-    with tiny.llm(tmp_path, load_format="dummy") as llm:
+    with tiny.llm(tmp_path, load_format="dummy", **tiny.LEAST) as llm:
         assert len(llm.generate([5, 6], GOOD)[0].outputs[0].token_ids) == 30
         assert llm.generate([5, 6], SamplingParams(logprobs=1, max_tokens=1))[0].outputs[0].logprobs
         for asked in ({"stop": ["a"]}, {"bad_words": ["a"]}):

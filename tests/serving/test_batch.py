@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on(server, model, files):
     source, target = files
     source.write_text(
         "".join(
-            json.dumps(row(f"{i}", prompt=[5 + i], max_tokens=40, seed=i, temperature=1.0)) + "\n" for i in range(40)
+            json.dumps(row(f"{i}", prompt=[5 + i], max_tokens=100, seed=i, temperature=1.0)) + "\n" for i in range(40)
         )
     )
     command = [
