@@ -65,7 +65,7 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def warm(checkpoint):
-    with tiny.llm(checkpoint("llama"), max_num_seqs=16, max_num_batched_tokens=32, token_rungs=(4, 32)) as llm:
+    with tiny.llm(checkpoint("llama"), max_num_seqs=8, max_num_batched_tokens=32, token_rungs=(4, 32)) as llm:
         assert llm.warm_up() > 15
         yield llm
 

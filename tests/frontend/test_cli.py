@@ -21,7 +21,7 @@ from jaxllm.cli.stream import since_process_start
 from jaxllm.errors import ConfigError, InvalidRequestError, JaxllmError
 from tests.engine import tiny
 
-SIZES = ["--token-rungs", "4,128", "--max-num-batched-tokens", "128", "--page-size", "8"]
+SIZES = ["--token-rungs", "4,128", "--max-num-batched-tokens", "128", "--page-size", "8", "--no-warm-up"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
@@ -173,7 +173,7 @@ def test_an_error_is_one_line_and_status_2(monkeypatch, capsys):
 def test_interrupting_an_answer_leaves_the_conversation(model, root):
     """Ctrl-C at a terminal ends a long answer; the next line is read."""
     ours, theirs = pty.openpty()
-    flags = ["chat", model, "--no-warm-up", "--ignore-eos", "--max-tokens", "200", *SIZES]
+    flags = ["chat", model, "--ignore-eos", "--max-tokens", "200", *SIZES]
     process = subprocess.Popen([*COMMAND, *flags], cwd=root, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
     os.close(theirs)
     seen = b""
