@@ -27,7 +27,7 @@ with contextlib.suppress(ImportError):  # the environment of tests/clients has n
 
 # Files whose tests take long each: they run first, so that none begins when the other worker has nothing left to do,
 # and one after the other, so that what they share is compiled once.
-FIRST = ("test_smollm2", "test_documents", "test_notebooks", "test_offline_generate")
+FIRST = ("test_tensor_parallel", "test_smollm2", "test_documents", "test_notebooks", "test_offline_generate")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
