@@ -10,9 +10,8 @@ import pytest
 from jaxllm.core.request import Status
 from tests.core.simulation import VOCABULARY, Case, Simulation
 
-NUM_SEEDS = 100
+NUM_SEEDS = 100  # each draws its own sizes, policies and traffic
 STEPS_PER_SEED = 10_000  # NUM_SEEDS times this is a million
-IN_A_PLAIN_RUN = 40  # seeds; each draws its own sizes, policies and traffic
 
 
 class Traffic:
@@ -59,9 +58,7 @@ class Traffic:
             simulation.lose_device_state()
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= IN_A_PLAIN_RUN)) for seed in range(NUM_SEEDS)]
-)
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_a_million_steps(seed: int) -> None:
     rng = random.Random(seed)
     simulation = Simulation(Case.draw(rng))
