@@ -23,6 +23,8 @@ from jaxllm.plan.activations import least_prefill
 from jaxllm.plan.chips import chip as chip_named
 from jaxllm.plan.fit import Fit, Model, clock, fit, read_model
 from pallas_kernels.gated_matmul import tpu as gated_matmul
+from pallas_kernels.qk_norm_rope import Heads
+from pallas_kernels.qkv_projection import tpu as qkv_projection
 from pallas_kernels.ragged_paged_attention import tpu_sizes, tpu_traffic
 from sharding import DATA, EXPERT, TENSOR
 from tests.tpu_topology import compiling_for, kernel_vmem
@@ -156,11 +158,31 @@ class Engine:
         found = tpu_traffic.of_step(self.case.chip, problem, step.lengths, step.kv_lens, decodes_only=step.decodes_only)
         hidden, columns = self.model.config.hidden_size, self.model.config.intermediate_size // self.case.tensor
         if not step.decodes_only:
+            # Counted even where all of them are in VMEM, as the cache never is.
+            leading = sum(length == 1 for length in step.lengths)
+            found["ragged_paged_decode"] += tpu_traffic.Traffic(tpu_traffic.decode_operands(problem, leading))
+            described = Heads(heads, layer.num_kv_heads, layer.head_dim)
+            fused = qkv_projection.gains(self.case.chip) and qkv_projection.traffic(
+                step.num_tokens, hidden, described, 2, self.case.chip
+            )
+            if fused:
+                found[f"qkv_projection_{step.num_tokens}"] = fused
             found["qk_norm_rope"] = tpu_traffic.Traffic(0, 0, 0)  # pages through nothing, multiplies nothing
         for rows in () if step.decodes_only else (step.num_tokens, self.plan.scheduler.max_num_seqs):
             if gated := gated_matmul.traffic(rows, hidden, columns, 2, self.case.chip):
                 found[f"gated_matmul_{rows}"] = gated
         return found
+
+    def is_streamed(self, kernel: str, dims: tuple[int, ...]) -> bool:
+        """Whether `traffic` says what this kernel moves of arrays of this shape, but for the cache."""
+        layer, config = self.plan.layers[0], self.model.config
+        queries = config.num_attention_heads // self.case.tensor
+        if kernel == "ragged_paged_decode":
+            lanes = max(layer.head_dim, tpu_sizes.LANES)
+            of_mixed = len(dims) == 3 and dims[1] > self.plan.scheduler.max_num_seqs  # of decodes it takes all
+            return of_mixed and dims[::2] in ((queries, lanes), (layer.num_kv_heads, 2 * layer.head_dim))
+        gate_up = (config.hidden_size, 2 * config.intermediate_size // self.case.tensor)
+        return dims in (gate_up, (config.hidden_size, (queries + 2 * layer.num_kv_heads) * layer.head_dim))
 
     def minimum(self, step: Step) -> Work:
         """What the model needs for it, on one device: weights, keys and values."""
@@ -282,7 +304,6 @@ def _program(engine: Engine, key: Any, minimum: Work, traffic: dict[str, tpu_tra
     module = hlo.parse(text)
     cache = lowering.caches()[0]
     pages = cache.sharding.shard_shape(cache.shape)
-    gate_up = (engine.model.config.hidden_size, 2 * engine.model.config.intermediate_size // engine.case.tensor)
     entry = module[module.entry]
     shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in lowering.leaves if leaf.size >= 1_000_000} | {pages}
     large = [number for number, name in enumerate(entry.parameters) if entry[name].shape.dims in shapes]
@@ -290,7 +311,7 @@ def _program(engine: Engine, key: Any, minimum: Work, traffic: dict[str, tpu_tra
         hlo_cost.count(
             module,
             kernels={name: Work(each.read + each.written, each.flops) for name, each in traffic.items()},
-            is_paged=lambda shape: shape.dims in (pages, gate_up),
+            is_paged=lambda kernel, shape: shape.dims == pages or engine.is_streamed(kernel, shape.dims),
         ),
         sum(each.filler_flops for each in traffic.values()) * len(engine.plan.layers),
         minimum,

@@ -207,8 +207,9 @@ class Lowering:
         """Runs `function` on each device's own part. `keep_unused`: arguments that are not read are there for their
         memory, which is donated."""
         mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        is_tpu = self.plan.backend == "tpu"
-        options = tpu_compiler_options(self.mesh.devices.flat[0].device_kind) if is_tpu else None
+        options = None
+        if self.plan.backend == "tpu":
+            options = tpu_compiler_options(self.mesh.devices.flat[0].device_kind, self.hidden_size)
         return jax.jit(mapped, donate_argnums=donate, keep_unused=keep_unused, compiler_options=options)
 
     def forward_arguments(self) -> tuple[Any, ...]:

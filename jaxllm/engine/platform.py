@@ -20,9 +20,11 @@ _TPU_OPTIONS: dict[str, int | float] = {
     # arrays, such as the residual stream of a small model, went to HBM and back in each layer.
     "xla_msa_max_overlap_to_mem_size_async_copy_ratio": 1000.0,
 }
-# VMEM that a product may take for its tiles, where XLA's limit (16 MiB on v5e) is more than they use. Without what is
-# over, the residual stream, summand and sum between the shards of a 70B model stay there side by side.
-_TPU_TILES_KIB = {"TPU v5 lite": 12 * 1024}
+# VMEM that a product may take for its tiles, and the most columns of a residual stream with which it does, where XLA's
+# limit (16 MiB on v5e, 32 on tpu7x) is more than they use. Without what is over, the residual stream, summand and sum
+# between the shards of a 70B model stay there side by side, and on tpu7x, which has half of the others' VMEM, queries,
+# keys and values of a small model. XLA's products of Llama 3.1 8B would take twice the cycles on tpu7x.
+_TPU_TILES_KIB = {"TPU v5 lite": (12 * 1024, None), "TPU7x": (16 * 1024, 1024)}
 THREADS = 16  # of XLA's pool for CPU devices, at least, where several processes share steps
 
 
@@ -31,10 +33,12 @@ def memory_fraction(num_devices: int) -> float:
     return MEMORY_FRACTION if num_devices == 1 else GROUP_MEMORY_FRACTION
 
 
-def tpu_compiler_options(device_kind: str) -> dict[str, int | float]:
-    """Compiler options of a step's programs on TPUs of this `jax.Device.device_kind`."""
-    tiles = _TPU_TILES_KIB.get(device_kind)
-    return _TPU_OPTIONS if tiles is None else {**_TPU_OPTIONS, "xla_tpu_scoped_vmem_limit_kib": tiles}
+def tpu_compiler_options(device_kind: str, hidden_size: int) -> dict[str, int | float]:
+    """Compiler options of a step's programs on TPUs of this `jax.Device.device_kind`, for a model of this size."""
+    tiles, most = _TPU_TILES_KIB.get(device_kind, (None, None))
+    if tiles is None or (most is not None and hidden_size > most):
+        return _TPU_OPTIONS
+    return {**_TPU_OPTIONS, "xla_tpu_scoped_vmem_limit_kib": tiles}
 
 
 def configure(num_devices: int = 1) -> None:

@@ -28,6 +28,7 @@ from jaxllm.models.sources import Source
 from pallas_kernels import add_rms_norm as norms
 from pallas_kernels import gated_matmul as gating
 from pallas_kernels import qk_norm_rope as qk
+from pallas_kernels import qkv_projection as qkv_kernel
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from sharding import RULES, TENSOR, shard_start, sum_over
 
@@ -197,8 +198,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rope: RopeTables, cache, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
         """[T, embed] to [T, heads * head_dim], which `o_proj` has still to bring back, and the cache."""
-        qkv, of_decodes = linear(x, self.qkv_proj, metadata.linear), metadata.attention[self.group].decodes_only
-        q, k, v = self._rotated(qkv, rope, metadata.backend, of_decodes)
+        q, k, v = self._projected(x, rope, metadata)
         out, cache = ragged_paged_attention(
             q,
             k,
@@ -218,6 +218,20 @@ class Attention(nnx.Module):
             return qk.Heads(self.heads, self.kv_heads, self.head_dim)
         return qk.Heads(self.heads, self.kv_heads, self.head_dim, self.q_norm.eps, self.q_norm.unit_offset)
 
+    def _projected(self, x: jax.Array, rope: RopeTables, metadata: StepMetadata) -> tuple[jax.Array, ...]:
+        """Queries, keys and values, each [T, heads, head_dim], of hidden rows."""
+        weight, of_decodes = self.qkv_proj.kernel[...], metadata.attention[self.group].decodes_only
+        in_one = metadata.backend == "tpu" and not of_decodes and self.qkv_proj.bias is None
+        if in_one and qkv_kernel.has_kernel(x, weight, rope, self._heads, metadata.backend):
+            return qkv_kernel.qkv_projection(x, weight, rope, self._norm_weights, self._heads, backend=metadata.backend)
+        return self._rotated(linear(x, self.qkv_proj, metadata.linear), rope, metadata.backend, of_decodes)
+
+    @property
+    def _norm_weights(self) -> tuple[jax.Array, jax.Array] | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return self.q_norm.weight[...], self.k_norm.weight[...]
+
     def _rotated(
         self, qkv: jax.Array, rope: RopeTables, backend: str, of_decodes: bool = False
     ) -> tuple[jax.Array, ...]:
@@ -225,10 +239,7 @@ class Attention(nnx.Module):
         heads = self._heads
         left_to_xla = backend == "tpu" and of_decodes  # so few rows XLA keeps in VMEM by itself
         if backend in ("gpu", "tpu") and not left_to_xla and qk.has_kernel(qkv, rope, heads, backend):
-            weights = None
-            if self.q_norm is not None and self.k_norm is not None:
-                weights = self.q_norm.weight[...], self.k_norm.weight[...]
-            return qk.qk_norm_rope(qkv, rope, weights, heads, backend=backend)
+            return qk.qk_norm_rope(qkv, rope, self._norm_weights, heads, backend=backend)
         if backend == "gpu" and 2 * rope[0].shape[1] == self.head_dim:
             joined = self._normed(qkv.reshape(qkv.shape[0], -1, self.head_dim))
             rotating = self.heads + self.kv_heads

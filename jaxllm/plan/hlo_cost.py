@@ -7,7 +7,8 @@ What is counted:
     instruction of its own and counts there.
   FLOPs: products (dot, convolution), an addition with a multiplication as two; nothing else.
   Pallas kernels are opaque: what they move of the arrays that they page or stream through, and what they multiply, the
-    caller says; all else that they take or give counts once. Of such arrays in VMEM they move nothing.
+    caller says; all else that they take or give counts once, even if they take it as several operands. Of such arrays
+    in VMEM they move nothing.
 
 XLA's own `cost_analysis()` counts VMEM as memory, and each operand of a kernel whole.
 """
@@ -88,7 +89,7 @@ def _bytes(shapes: tuple[Array, ...]) -> int:
 class _Counter:
     module: Module
     kernels: Mapping[str, Work]
-    is_paged: Callable[[Array], bool]
+    is_paged: Callable[[str, Array], bool]
     loop_runs: int | None
 
     def computation(self, computation: Computation, runs: int) -> Iterator[Entry]:
@@ -136,7 +137,9 @@ class _Counter:
         if name not in self.kernels:
             raise ValueError(f"{instruction.name}: what the kernel {name!r} costs is not known: say it in kernels")
         work = self.kernels[name]
-        paged = [shape for operand in instruction.operands for shape in inside[operand].shapes if self.is_paged(shape)]
+        paged = [
+            shape for operand in instruction.operands for shape in inside[operand].shapes if self.is_paged(name, shape)
+        ]
         if paged and not any(map(_in_hbm, paged)):  # fetched before, by instructions that count themselves
             return Work(0.0, work.flops)
         return work
@@ -152,8 +155,10 @@ class _Counter:
         if opcode == "custom-call":
             if instruction.attribute("custom_call_target") in FREE_CALLS:
                 return 0
-            arrays = [*itertools.chain(*operands), *instruction.shapes]
-            return _bytes(tuple(shape for shape in arrays if not self.is_paged(shape)))
+            taken = [inside[name].shapes for name in dict.fromkeys(instruction.operands)]
+            arrays = [*itertools.chain(*taken), *instruction.shapes]
+            kernel = instruction.kernel or ""
+            return _bytes(tuple(shape for shape in arrays if not self.is_paged(kernel, shape)))
         if opcode == "fusion":
             fused = self.module[instruction.called[0]]
             read = sum(
@@ -292,14 +297,14 @@ def count(
     module: Module,
     *,
     kernels: Mapping[str, Work] | None = None,
-    is_paged: Callable[[Array], bool] = lambda shape: False,
+    is_paged: Callable[[str, Array], bool] = lambda kernel, shape: False,
     loop_runs: int | None = None,
 ) -> Count:
     """Counts a program on one of its devices.
 
     Args:
       kernels: by a Pallas kernel's name what it moves of the arrays that it pages through, and its FLOPs.
-      is_paged: whether an array that a kernel takes or gives is such a one.
+      is_paged: whether an array that the kernel of this name takes or gives is such a one.
       loop_runs: how often loops run of which the compiler does not know it.
 
     Raises:

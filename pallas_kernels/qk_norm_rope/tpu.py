@@ -50,25 +50,36 @@ def _halves_swapped(x):
     return jnp.concatenate([x[:, half:], x[:, :half]], axis=1)
 
 
+def signed_tables(table):
+    """Cosines and sines [rows, dim] that a head and its swapped halves are multiplied with, from cosines beside sines
+    [rows, dim]."""
+    first = lax.broadcasted_iota(jnp.int32, table.shape, 1) < table.shape[1] // 2
+    swapped = _halves_swapped(table)
+    return jnp.where(first, table, swapped), jnp.where(first, -swapped, table)
+
+
+def normed_and_rotated(head, weight, cos, sin, heads: Heads):
+    """A head [rows, dim], normalized unless weight [1, dim] is None, and rotated, in its dtype. cos, sin: what
+    `signed_tables` returns."""
+    x = head.astype(jnp.float32)
+    if weight is not None:
+        weight = weight.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + heads.eps)
+        x = x * (1.0 + weight) if heads.unit_offset else x.astype(head.dtype).astype(jnp.float32) * weight
+        x = x.astype(head.dtype).astype(jnp.float32)
+    return (x * cos + _halves_swapped(x) * sin).astype(head.dtype)
+
+
 def _body(qkv, table, weights, queries, both, cos, sin, *, heads: Heads, is_normed: bool):
     """table: cosines, then sines; weights: the queries' norm's, then the keys'; both: keys, then values."""
-    first = lax.broadcasted_iota(jnp.int32, table.shape, 1) < heads.dim // 2
-    given = table[...]
-    swapped = _halves_swapped(given)
-    cos[...] = jnp.where(first, given, swapped)
-    sin[...] = jnp.where(first, -swapped, given)
+    cos[...], sin[...] = signed_tables(table[...])
 
     def head(index):
         return qkv[:, pl.ds(pl.multiple_of(index * heads.dim, heads.dim), heads.dim)]
 
     def rotated(index, norm):
-        x = head(index).astype(jnp.float32)
-        if is_normed:
-            weight = weights[pl.ds(norm, 1), :].astype(jnp.float32)
-            x = x * lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + heads.eps)
-            x = x * (1.0 + weight) if heads.unit_offset else x.astype(qkv.dtype).astype(jnp.float32) * weight
-            x = x.astype(qkv.dtype).astype(jnp.float32)
-        return (x * cos[...] + _halves_swapped(x) * sin[...]).astype(qkv.dtype)
+        weight = weights[pl.ds(norm, 1), :] if is_normed else None
+        return normed_and_rotated(head(index), weight, cos[...], sin[...], heads)
 
     @pl.loop(0, heads.queries)
     def _query(index):

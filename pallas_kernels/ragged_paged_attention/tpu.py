@@ -117,9 +117,10 @@ def ragged_paged_attention(
     decode_sizes = decode_sizes or tpu_sizes.decode_sizes(device, problem)
     prefill_sizes = prefill_sizes or tpu_sizes.prefill_sizes(device, problem)
     decode_limit = tpu_sizes.vmem_limit(device, tpu_sizes.decode_vmem(problem, decode_sizes))
-    prefill_limit = tpu_sizes.vmem_limit(device, tpu_sizes.prefill_vmem(problem, prefill_sizes))
+    prefill_needs = tpu_sizes.prefill_vmem(problem, prefill_sizes, stay_bytes=device.stay_bytes)
+    prefill_limit = tpu_sizes.vmem_limit(device, prefill_needs)
 
-    # Heads first, as the kernels of longer rows take them: of a step's many tokens, few are copied for decode's.
+    # Heads first, as the kernels take them.
     q, new = q.transpose(1, 0, 2), new.transpose(1, 0, 2)
     num_rows = min(num_tokens, metadata.kv_lens.shape[0])  # decode rows stand first: row r's query is token r
     decodes_only = metadata.decodes_only or num_tokens == 1
@@ -129,12 +130,12 @@ def ragged_paged_attention(
             new,
             metadata,
             parts=decode_sizes.parts,
-            vmem_limit_bytes=tpu_sizes.vmem_limit(device, 0),
+            chip=device,
             interpret=interpret,
         )
     out, cache = tpu_decode.decode(
-        q[:, :num_rows].transpose(1, 0, 2),
-        new[:, :num_rows].transpose(1, 0, 2).astype(jnp.float32),
+        q,
+        new,
         cache,
         metadata,
         factor.reshape(1),
@@ -143,7 +144,6 @@ def ragged_paged_attention(
         **options,
     )
     token = jnp.arange(num_tokens)[:, None]
-    out = out.reshape(num_rows, num_heads * lanes)
     if decodes_only:
         out = jnp.where(token < metadata.num_decodes, out, 0)
     else:

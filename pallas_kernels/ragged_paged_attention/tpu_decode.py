@@ -9,6 +9,11 @@ queries [query heads, lanes] in one product, and scores of a query with another 
 would leave most of each register empty where groups are small. Bundles do not depend on each other, so that one's
 products run beside another's exponentials.
 
+Queries, new keys and values come heads first, in blocks of whole tiles of tokens, as the rotation leaves them and the
+kernels of longer rows take them, and the output goes where the projection behind takes it, tokens first. A row's heads
+are gathered from and scattered to float32 copies of the block by strided loads and stores, so that no array is
+transposed in HBM.
+
 The new token's key and value are put into the row's last block where it lies in VMEM; the tile that holds them goes
 back to the cache from a buffer of its own, while other rows are computed.
 
@@ -35,6 +40,12 @@ WRITES = 4  # tiles on their way back to the cache
 NEXT_ROW, NEXT_BLOCK, NEXT_BUFFER, BUFFER = range(4)
 
 
+def _of_token(wide, token, tokens: int, heads: int, first: int = 0):
+    """Of a block [lanes / 128, all heads * tokens, 128]: [heads, lanes] of one token, from head `first` on."""
+    place = pl.ds(first * tokens + token, heads, stride=tokens)
+    return jnp.concatenate([wide[index, place, :] for index in range(wide.shape[0])], axis=1)
+
+
 def _body(
     num_decodes,
     kv_lens,
@@ -50,6 +61,9 @@ def _body(
     buffers,
     tiles,
     head_bias,
+    q_wide,
+    new_wide,
+    out_wide,
     state,
     read_sems,
     write_sems,
@@ -61,7 +75,7 @@ def _body(
     part, step = pl.program_id(0), pl.program_id(1)
     page_size = cache.shape[2]
     _, heads, keys, _ = buffers.shape
-    q_heads, lanes = q.shape[1:]
+    q_heads, tokens, lanes = q.shape
     bundle_rows, bundle_columns = head_bias.shape
     bundle, bundles = bundle_columns // keys, heads * keys // bundle_columns
     tile = tiles.shape[2]
@@ -69,6 +83,7 @@ def _body(
     my_heads = pl.ds(part * heads, heads)
     count = num_decodes[0]
     step_rows = jnp.minimum(count - step * sizes.rows, sizes.rows)
+    first_token = lax.rem(step * sizes.rows, tokens)  # of this step's rows, in the block
 
     def first_page(row):
         return 0 if window is None else lax.div(jnp.maximum(kv_lens[row] - window, 0), page_size)
@@ -123,7 +138,7 @@ def _body(
         base = pl.multiple_of(lax.div(at, tile) * tile, tile)
         old = buffers[buffer, :, pl.ds(base, tile), :].astype(jnp.float32)
         index = lax.broadcasted_iota(jnp.int32, old.shape, 1)
-        merged = jnp.where(index == at - base, new[local][:, None, :], old)
+        merged = jnp.where(index == at - base, _of_token(new_wide, first_token + local, tokens, heads)[:, None, :], old)
         tiles[slot] = merged.astype(tiles.dtype)
         position = kv_lens[row] - 1
         page = page_of(row, lax.div(position, page_size))
@@ -148,6 +163,13 @@ def _body(
         for _ in range(sizes.buffers - 1):
             fetch_next()
 
+    @pl.when(first_token == 0)
+    def _next_tokens():
+        for wide, block in ((q_wide, q), (new_wide, new)):
+            flat = block[...].astype(jnp.float32).reshape(block.shape[0] * tokens, block.shape[2])
+            for index in range(wide.shape[0]):
+                wide[index] = flat[:, index * LANES : (index + 1) * LANES]
+
     @pl.loop(0, step_rows)
     def _row(local):
         row = step * sizes.rows + local
@@ -171,7 +193,9 @@ def _body(
                     part = buffers[buffer, pl.ds(index * bundle, bundle), :, lanes_of_part]
                     return part.reshape(bundle_columns, lanes).astype(q.dtype)
 
-                queries = q[local, pl.ds(index * bundle_rows, bundle_rows), :]
+                queries = _of_token(q_wide, first_token + local, tokens, bundle_rows, index * bundle_rows).astype(
+                    q.dtype
+                )
                 scores = to_log2(dot_transposed(queries, flat(slice(0, lanes))), scale[0], cap)
                 at = lax.broadcasted_iota(jnp.int32, scores.shape, 1) & (keys - 1)
                 visible = at < kv_lens[row] - first_key
@@ -198,11 +222,19 @@ def _body(
         )
         states = lax.fori_loop(0, cdiv(num_pages(row), pages_per_block), one_block, (start,) * bundles)
         for index, (highest, total, acc) in enumerate(states):
-            mine = pl.ds(index * bundle_rows, bundle_rows)
             total = jnp.sum(total, axis=1, keepdims=True)
             if sinks is not None:
+                mine = pl.ds(index * bundle_rows, bundle_rows)
                 total = total + jnp.exp2((sinks[mine, :] * LOG2E - highest)[:, :1])
-            out[local, mine, :] = (acc / total).astype(out.dtype)
+            attended = acc / total
+            for tile_index in range(out_wide.shape[0]):
+                place = pl.ds(index * bundle_rows * tokens + first_token + local, bundle_rows, stride=tokens)
+                out_wide[tile_index, place, :] = attended[:, tile_index * LANES : (tile_index + 1) * LANES]
+
+    for head in range(q_heads):
+        for index in range(out_wide.shape[0]):
+            first_lane = head * lanes + index * LANES
+            out[:, first_lane : first_lane + LANES] = out_wide[index, pl.ds(head * tokens, tokens), :].astype(out.dtype)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _drain():
@@ -231,17 +263,19 @@ def decode(
     """Serves the leading num_decodes rows.
 
     Args:
-      q: [R, num_heads, lanes], R at most the number of rows; row r's query token is token r.
-      new: float32[R, num_kv_heads, cache lanes], their new keys and values, as the cache's dtype has rounded them.
+      q: [num_heads, T, lanes]; row r's query token is token r.
+      new: [num_kv_heads, T, cache lanes], new keys and values, in the cache's dtype.
       cache: [num_pages, num_kv_heads, page_size, cache lanes]; updated in place where donated.
       scale: float32[1].
       sinks: float32[num_heads] or None.
       stay_bytes: the most that queries, new keys and values, or the output may take up in VMEM around the call.
 
     Returns:
-      (out [R, num_heads, lanes], in which rows from num_decodes on hold anything; cache).
+      (out [R, num_heads * lanes] of the R tokens that may be such rows, of which those from num_decodes on hold
+      anything; cache).
     """
-    num_rows, num_heads, lanes = q.shape
+    num_heads, num_tokens, lanes = q.shape
+    num_rows = min(num_tokens, metadata.kv_lens.shape[0])
     _, num_kv_heads, page_size, cache_lanes = cache.shape
     parts = sizes.parts
     heads, q_heads = num_kv_heads // parts, num_heads // parts
@@ -250,16 +284,14 @@ def decode(
     steps = -(-num_rows // sizes.rows)
     pad = steps * sizes.rows - num_rows
 
-    def by_part(x, width):
-        x = jnp.pad(x, ((0, pad), (0, 0), (0, 0)))
-        return x.reshape(x.shape[0], parts, width, x.shape[2]).transpose(1, 0, 2, 3)
-
+    tokens = max(block_tokens(q.dtype), block_tokens(new.dtype))
+    q, new = (jnp.pad(x, ((0, 0), (0, -num_tokens % tokens), (0, 0))) for x in (q, new))
     tables = jnp.pad(metadata.page_tables[:num_rows], ((0, pad), (0, 0))).reshape(steps, sizes.rows, -1)
     count = jnp.minimum(metadata.num_decodes, num_rows)
     last = steps - 1
 
-    def rows_spec(*block):
-        return pl.BlockSpec((None, sizes.rows, *block), lambda part, step, *_: (part, step, 0, 0))
+    def heads_spec(count, width):
+        return pl.BlockSpec((count, tokens, width), lambda part, step, *_: (part, step * sizes.rows // tokens, 0))
 
     def tables_spec(offset):
         return pl.BlockSpec(
@@ -268,8 +300,8 @@ def decode(
             memory_space=pltpu.SMEM,
         )
 
-    in_specs = [tables_spec(0), tables_spec(1), rows_spec(q_heads, lanes), rows_spec(heads, cache_lanes)]
-    operands = [tables, tables, by_part(q, q_heads), by_part(new, heads)]
+    in_specs = [tables_spec(0), tables_spec(1), heads_spec(q_heads, lanes), heads_spec(heads, cache_lanes)]
+    operands = [tables, tables, q, new]
     operands[2:] = [keep_in_vmem(x, stay_bytes, interpret) for x in operands[2:]]
     body = functools.partial(_body, sizes=sizes, window=window, cap=cap)
     if sinks is None:
@@ -287,18 +319,24 @@ def decode(
             num_scalar_prefetch=len(scalars),
             grid=(parts, jnp.maximum(cdiv(count, sizes.rows), 1)),
             in_specs=in_specs,
-            out_specs=[rows_spec(q_heads, lanes), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=[
+                pl.BlockSpec((tokens, q_heads * lanes), lambda part, step, *_: (step * sizes.rows // tokens, part)),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+            ],
             scratch_shapes=[
                 pltpu.VMEM((sizes.buffers, heads, sizes.keys, cache_lanes), cache.dtype),
                 pltpu.VMEM((WRITES, heads, tile, cache_lanes), cache.dtype),
                 pltpu.VMEM((bundle * group, bundle * sizes.keys), jnp.float32),
+                pltpu.VMEM((lanes // LANES, q_heads * tokens, LANES), jnp.float32),
+                pltpu.VMEM((cache_lanes // LANES, heads * tokens, LANES), jnp.float32),
+                pltpu.VMEM((lanes // LANES, q_heads * tokens, LANES), jnp.float32),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.SemaphoreType.DMA((sizes.buffers,)),
                 pltpu.SemaphoreType.DMA((WRITES,)),
             ],
         ),
         out_shape=[
-            result((parts, steps * sizes.rows, q_heads, lanes), q.dtype, stay_bytes, interpret),
+            result((-(-num_rows // tokens) * tokens, num_heads * lanes), q.dtype, stay_bytes, interpret),
             pltpu.HBM(cache.shape, cache.dtype),
         ],
         input_output_aliases={len(scalars) + len(operands) - 1: 1},
@@ -308,7 +346,12 @@ def decode(
         interpret=interpret,
         name="ragged_paged_decode",
     )(*scalars, *operands)
-    return out.transpose(1, 0, 2, 3).reshape(-1, num_heads, lanes)[:num_rows], cache
+    return out[:num_rows], cache
+
+
+def block_tokens(dtype) -> int:
+    """Tokens of a tile."""
+    return 32 // jnp.dtype(dtype).itemsize
 
 
 def _without_sinks(body, *refs):

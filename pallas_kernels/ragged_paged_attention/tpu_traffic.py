@@ -1,7 +1,8 @@
 """What the TPU kernels move of the paged cache and what they multiply, for a batch of known lengths, on one shard.
 
 The same arithmetic as in the kernels' bodies, for accounting: a compiler sees a kernel as a call that takes the whole
-cache. Queries, new keys and values, outputs and tables are not in it; they are plain operands, each moved once.
+cache. Queries, new keys and values, outputs and tables are not in it where they are plain operands, each moved once.
+Decode takes what its rows need of them, which `decode_operands` says.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ class Traffic:
     """Of one kernel in one layer.
 
     Attributes:
-      read, written: bytes from and to the cache.
+      read, written: bytes from and to the cache; read also has what `tpu_write` reads of new keys and values beyond
+        once.
       flops: of products of queries with their own head's keys and values, whole blocks with all that is masked in them.
       filler_flops: of products of queries with other heads' keys, all masked: they run where registers would otherwise
         lie empty, see `tpu_decode`.
@@ -57,8 +59,17 @@ def decode(
     return total
 
 
-def write(problem: tpu_sizes.Problem, lengths: Sequence[int], kv_lens: Sequence[int]) -> Traffic:
-    """`tpu_write` of rows of several tokens: the last `lengths` of `kv_lens`."""
+def decode_operands(problem: tpu_sizes.Problem, num_decodes: int) -> int:
+    """Bytes of queries, new keys and values that `tpu_decode` reads: whole tiles of tokens, one at least."""
+    tokens = max(32 // problem.q_bytes, problem.tile)
+    queries = problem.num_kv_heads * problem.group * problem.key_lanes * problem.q_bytes
+    new = problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
+    return max(cdiv(num_decodes, tokens), 1) * tokens * (queries + new)
+
+
+def write(problem: tpu_sizes.Problem, lengths: Sequence[int], kv_lens: Sequence[int], num_before: int = 0) -> Traffic:
+    """`tpu_write` of rows of several tokens: the last `lengths` of `kv_lens`; the first row's first token is the step's
+    token `num_before`."""
     size = min(problem.page_size, tpu_write.MOST_TOKENS)
     run = size * problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
     runs = [
@@ -67,7 +78,12 @@ def write(problem: tpu_sizes.Problem, lengths: Sequence[int], kv_lens: Sequence[
         for base in range((end - length) // size * size, end, size)
     ]
     old = sum(new < size for new in runs[1:]) + 1  # the first step always has an old run
-    return Traffic(old * run, len(runs) * run)
+    twice, start = 0, num_before
+    for length, end in zip(lengths, kv_lens, strict=True):
+        if (start - (end - length)) % size:
+            twice += cdiv(end, size) - (end - length) // size
+        start += length
+    return Traffic((old + twice) * run, len(runs) * run)
 
 
 def prefill(
@@ -156,7 +172,7 @@ def of_step(
     }
     if not decodes_only:
         longer, their_keys = lengths[num_decodes:], kv_lens[num_decodes:]
-        found["ragged_paged_write"] = write(problem, longer, their_keys)
+        found["ragged_paged_write"] = write(problem, longer, their_keys, num_decodes)
         found["ragged_paged_prefill"] = prefill(
             problem, tpu_sizes.prefill_sizes(device, problem), num_decodes, longer, their_keys, window
         )

@@ -5,7 +5,8 @@ aligned run of positions within a page: it reads the two blocks of new tokens th
 place in float32 (which is exact), keeps the run's old content where nothing is new, and writes the run. Old content is
 read only for runs that are partly new, at a row's two ends.
 
-Bytes: the new keys and values are read twice and written once; the minimum is once each.
+Bytes: the new keys and values are written once. They are read once for rows whose tokens stand at the same offset to
+such runs as their positions do, a prompt alone in its step for one, and twice for others.
 """
 
 import jax
@@ -16,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .tpu_common import keep_in_hbm
 from .tpu_plan import writes
+from .tpu_sizes import Chip, vmem_limit, write_vmem
 from .types import AttentionMetadata
 
 MOST_TOKENS = 64  # of a run
@@ -32,7 +34,7 @@ def _body(pages, parts, old_pages, old_parts, sources, shifts, firsts, lasts, lo
 
 
 def write(
-    cache: jax.Array, new: jax.Array, metadata: AttentionMetadata, *, parts: int, vmem_limit_bytes: int, interpret
+    cache: jax.Array, new: jax.Array, metadata: AttentionMetadata, *, parts: int, chip: Chip, interpret
 ) -> jax.Array:
     """Returns `cache` with the new keys and values of the rows from num_decodes on; updated in place where donated.
 
@@ -44,14 +46,17 @@ def write(
     _, num_heads, page_size, lanes = cache.shape
     size = min(page_size, MOST_TOKENS)
     heads = num_heads // parts
+    needed = write_vmem(heads, size, lanes, cache.dtype.itemsize)
     pad = -new.shape[1] % size
     new = jnp.pad(new, ((0, 0), (0, pad), (0, 0)))
     blocks = new.shape[1] // size
     plan = writes(metadata, size, page_size)
 
     def source(offset):
-        def index(part, step, pages, parts, old_pages, old_parts, sources, *_):
-            return part, jnp.clip(sources[step] + offset, 0, blocks - 1), 0
+        def index(part, step, pages, parts, old_pages, old_parts, sources, shifts, *_):
+            block = jnp.clip(sources[step] + offset, 0, blocks - 1)
+            # Runs that are whole blocks need no second one: it stays what it is, so that nothing is fetched.
+            return part, jnp.where(shifts[step] == 0, 0, block) if offset else block, 0
 
         return pl.BlockSpec((heads, size, lanes), index)
 
@@ -73,7 +78,7 @@ def write(
         out_shape=pltpu.HBM(cache.shape, cache.dtype),
         input_output_aliases={len(scalars) + 2: 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(chip, needed)
         ),
         interpret=interpret,
         name="ragged_paged_write",

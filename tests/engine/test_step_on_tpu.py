@@ -18,8 +18,6 @@ from tests.tpu_topology import compiling_for, makers_of
 LAYERS = 2
 LLAMA, LLAMA_4, LLAMA_70B, *QWEN = (dataclasses.replace(case, layers=LAYERS) for case in CASES)
 ALL = (LLAMA, LLAMA_4, LLAMA_70B, *QWEN)
-# What a prefill moves, over what it must: less than 1.1, but for those that docs/tpu.md says are not there yet.
-PREFILL_BYTES = {case: {"v5p": 1.25, "tpu7x": 1.5}.get(case.chip, 1.1) for case in ALL}
 VMEM = {"v4": 16e6, "v5e": 128e6, "v5p": 64e6, "v6e": 128e6, "tpu7x": 64e6}
 
 
@@ -67,7 +65,7 @@ def test_prefill(case):
     assert_sound(found)
     padding = 2 * found.engine.plan.scheduler.max_num_seqs * found.engine.cost.active_weights / LAYERS
     assert found.minimum.flops < found.work.flops < 1.1 * found.minimum.flops + padding
-    assert found.minimum.bytes < found.work.bytes < PREFILL_BYTES[case] * found.minimum_with_activations.bytes
+    assert found.minimum.bytes < found.work.bytes < 1.1 * found.minimum_with_activations.bytes
 
 
 @pytest.mark.slow

@@ -83,5 +83,6 @@ def test_as_many_segments_and_runs_as_the_kernels_plan(lengths, before, decodes)
         for page, part in zip(np.asarray(runs.old_pages)[:count], np.asarray(runs.old_parts)[:count])
     ]
     fetched = 1 + sum(old != previous for old, previous in zip(olds[1:], olds))
-    found = tpu_traffic.write(LLAMA, lengths, kv_lens[decodes:])
+    fetched += int((np.asarray(runs.shifts)[:count] != 0).sum())  # a second block of new tokens
+    found = tpu_traffic.write(LLAMA, lengths, kv_lens[decodes:], decodes)
     assert (found.read, found.written) == (fetched * 64 * TOKEN, count * 64 * TOKEN)

@@ -88,7 +88,8 @@ KNOWN = 'backend_config={"known_trip_count":{"n":"3"}}'
 
 def test_each_rule():
     module = hlo.parse(PROGRAM.replace("BACKEND", KNOWN))
-    found = hlo_cost.count(module, kernels={"pages": Work(70.0, 9.0)}, is_paged=lambda shape: shape.dims == (1000, 128))
+    pages = lambda kernel, shape: kernel == "pages" and shape.dims == (1000, 128)
+    found = hlo_cost.count(module, kernels={"pages": Work(70.0, 9.0)}, is_paged=pages)
     matrix, part = 128 * 128 * 4, 8 * 128 * 4
     by_name = {entry.name: entry.work for entry in found.entries}
     assert by_name == {
