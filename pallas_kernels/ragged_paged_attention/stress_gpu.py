@@ -3,7 +3,7 @@
     python -m pallas_kernels.ragged_paged_attention.stress_gpu [check] [decode] [prefill] [--seconds N] [--processes N]
         [--page-size N]
 
-The kinds of batch to check (`KINDS` of them) are dealt to several processes: a compilation is mostly Python. Unused
+The kinds of batch to check (`KINDS`) are dealt to several processes: a compilation is mostly Python. Unused
 and foreign pages, the tails of last pages and the dummy page hold NaN. Timings are of the whole operation, the write
 included, over 32 layer caches in turn, so that the second-level cache cannot flatter, and stand beside the machine's
 own copy and matrix-product rates. They are wall time: the pauses between calls of 32 layers count in.
@@ -12,6 +12,7 @@ own copy and matrix-product rates. They are wall time: the pauses between calls 
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -25,7 +26,10 @@ from . import gpu, reference
 from .types import AttentionMetadata
 
 LAYERS = 32
-KINDS = 60  # shape, window, cap, sinks and decodes-only go round together: after so many, all are met
+SHAPES = ((32, 8, 128), (28, 4, 128), (8, 8, 64), (16, 1, 64), (8, 4, 256), (64, 8, 64), (32, 32, 96))
+FEATURES = ((), ("window",), ("cap",), ("sinks",), ("window", "cap", "sinks", "scales"))
+# (query heads, key-value heads, head_dim), decodes only or mixed, what attention has besides.
+KINDS = tuple(itertools.product(SHAPES, (True, False), FEATURES))
 
 
 def make_metadata(
@@ -124,19 +128,17 @@ def check(seconds: float, first: int = 0, step: int = 1):
     """Random batches of every `step`-th kind from `first` on, each once at least, until the time is up."""
     rng = np.random.default_rng(time.time_ns())
     end, worst, count, wrong = time.time() + seconds, 0.0, first, 0
-    shapes = [(32, 8, 128), (28, 4, 128), (8, 8, 64), (16, 1, 64), (8, 4, 256), (64, 8, 64)]
-    while time.time() < end or count < KINDS:
-        heads, kv_heads, head_dim = shapes[count % len(shapes)]
+    while time.time() < end or count < len(KINDS):
+        (heads, kv_heads, head_dim), decodes_only, features = KINDS[count % len(KINDS)]
         page_size = int(rng.choice([16, 32, 64, 128]))
-        window = int(rng.integers(1, 500)) if count % 3 == 1 else None
-        cap = 20.0 if count % 4 == 2 else None
-        with_sinks = count % 5 == 3
-        options = {"scale": head_dim**-0.5, "window": window, "cap": cap}
-        if with_sinks:
+        window = int(rng.integers(1, 500)) if "window" in features else None
+        options = {"scale": head_dim**-0.5, "window": window, "cap": 20.0 if "cap" in features else None}
+        if "sinks" in features:
             options["sinks"] = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+        if "scales" in features:  # powers of two, by which both paths divide alike
+            options |= {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(4.0)}
         run = jax.jit(functools.partial(gpu.ragged_paged_attention, **options))
         truth = jax.jit(functools.partial(reference.ragged_paged_attention, **options))
-        decodes_only = count % 2 == 0
         tokens, max_rows = (33, 33) if decodes_only else (160, 17)
         batches = []
         for _ in range(4):
@@ -157,7 +159,10 @@ def check(seconds: float, first: int = 0, step: int = 1):
                 window=window, decodes_only=decodes_only, prefixes=prefixes, num_pages=num_pages,
             )  # fmt: skip
             expected, expected_cache = truth(*args)
+            lanes = gpu.padded_head_dim(head_dim) - head_dim
+            args = (*args[:3], jnp.pad(args[3], ((0, 0),) * 4 + ((0, lanes),)), args[4])
             once, cache = run(*args)
+            cache = cache[..., :head_dim]
             same = True
             for _ in range(3):
                 again, _ = run(*args)
