@@ -85,13 +85,16 @@ def test_wide_heads(capfd):
 def test_head_dim_96_is_padded():
     spec = CacheSpec(3, 64, 2, 96, jnp.bfloat16)
     assert gpu.cache_shape(spec).shape == (3, 2, 2, 64, 128)
-    q, k, v, cache, metadata = make_case(0, [(1, 20)], heads=2, kv_heads=1, head_dim=96, page_size=16)
-    expected, _ = reference_of(q, k, v, cache, metadata, scale=0.1)
+    q, k, v, cache, metadata = make_case(0, [(1, 20), (5, 40)], heads=2, kv_heads=1, head_dim=96, page_size=16)
+    expected, expected_cache = reference_of(q, k, v, cache, metadata, scale=0.1)
     wide = jnp.asarray(np.pad(cache, ((0, 0),) * 4 + ((0, 32),)))
     configs = {"decode_config": DecodeConfig(blocks=1), "prefill_config": PrefillConfig(blocks=1)}
     out, written = gpu.ragged_paged_attention(q, k, v, wide, metadata, scale=0.1, **configs, interpret=INTERPRET)
     assert out.shape == q.shape and written.shape == wide.shape
     assert relative_error(out, expected) < 1e-2
+    kept = np.asarray(written, np.float32)[1:]
+    np.testing.assert_array_equal(kept[..., :96], np.asarray(expected_cache, np.float32)[1:])
+    assert not kept[..., 96:].any()
 
 
 def test_decodes_only_with_padding(capfd):
