@@ -284,7 +284,7 @@ def every(
         list[str] | None,
         typer.Option(
             metavar="PART,...",
-            help="start, ceilings, attention, memory, throughput, busy, serve (default: all of them)",
+            help="start, parity, ceilings, attention, memory, throughput, busy, serve (default: all of them)",
         ),
     ] = None,
     workload: Annotated[
