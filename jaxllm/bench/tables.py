@@ -270,7 +270,7 @@ def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
         "An error is that of one position: the norm of the differences of its most likely tokens' logprobs over the "
         "norm of the reference's. A gap is how far below the reference's best token a chosen one lies, relative "
         "to that one's logprob. Tolerance: 2%, or twice what rounding to the run's dtype does to the reference where "
-        "that is more; for a gap, which lies between two logprobs, twice that."
+        "that is more."
     )
     return [Table("Greedy tokens beside the reference path", columns, rows, [note])]
 

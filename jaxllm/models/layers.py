@@ -84,7 +84,8 @@ class Linear(nnx.Module):
 
 
 def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata, dtype: DTypeLike | None = None) -> jax.Array:
-    """[T, in] to [T, out]; the one place where activations meet projection weights. `dtype`: of the result, x's if
+    """[T, in] to [T, out]; where activations meet projection weights, but for those that a kernel joins with what
+    comes behind (`summand`, `gated`, `Attention._projected`). `dtype`: of the result, x's if
     None; sums are taken in float32 in any case."""
     y = sum_over(jnp.dot(x, weight.kernel[...], preferred_element_type=dtype), weight.sums_over)
     return y if weight.bias is None else y + weight.bias[...]
