@@ -10,6 +10,6 @@ SIZES: dict[str, Any] = dict(
     page_size=16,
     kv_cache_memory_bytes=60_000_000,
 )
-# What a notebook, which says only LLM("smollm2"), is given before it: two step sizes instead of nine, two samplers' instead
-# of three.
+# What a notebook, which says only LLM("smollm2"), is given before it: two step sizes instead of nine, two samplers'
+# instead of three.
 PRELUDE = f"import functools, jaxllm; jaxllm.LLM = functools.partial(jaxllm.LLM, **{SIZES!r})\n"

@@ -10,7 +10,6 @@ rows as VMEM has room for, and where a step has less than about the chip's opera
 weight in any case.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -22,45 +21,29 @@ from jax.experimental.pallas import tpu as pltpu
 from ..mosaic_tpu import keep_in_vmem, result
 from ..ragged_paged_attention.tpu_sizes import Chip, chip_of
 from ..ragged_paged_attention.tpu_traffic import Traffic
+from ..strips_tpu import TILE_ROWS, Strips, blocks_of, depth_of_product
 from .reference import ACTIVATIONS
 
-TILE_ROWS = 256
-TILE_DEPTH = 2048
 
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Rows of x that stay in VMEM, columns of the output in a strip, the depth of one product, and the parts that the
-    strips are split into, for the cores of a device."""
-
-    rows: int
-    columns: int
-    depth: int
-    parts: int = 1
+class Sizes(Strips):
+    """Columns are those of the output, of which a strip has as many of either half of the weight."""
 
     def passing(self, depth: int, itemsize: int) -> int:
-        """Bytes that the kernel asks of VMEM with x of this depth, beside the rows that stay."""
         strips = 2 * 2 * depth * self.columns
         out = 2 * self.rows * self.columns
         kept = (strips + out) * itemsize + 4 * TILE_ROWS * self.columns * 4
         return kept + kept // 4
-
-    def vmem(self, depth: int, itemsize: int) -> int:
-        """All bytes that it takes up there."""
-        return self.rows * depth * itemsize + self.passing(depth, itemsize)
 
 
 def sizes_for(rows: int, depth: int, columns: int, itemsize: int, chip: Chip) -> Sizes | None:
     """The most rows a block that VMEM has room for; None where whole tiles do not make up these shapes."""
     if rows % TILE_ROWS or depth % 128:
         return None
-    part = max(part for part in range(128, min(depth, TILE_DEPTH) + 1, 128) if depth % part == 0)
-    for blocks in range(1, rows // TILE_ROWS + 1):
-        if rows % (blocks * TILE_ROWS):
-            continue
+    part = depth_of_product(depth)
+    for block in blocks_of(rows):
         for width in (256, 128):
             parts = chip.cores if columns % (chip.cores * width) == 0 else 1
-            sizes = Sizes(rows // blocks, width, part, parts)
+            sizes = Sizes(block, width, part, parts)
             if columns % width == 0 and sizes.vmem(depth, itemsize) <= chip.vmem_limit_bytes:
                 return sizes
     return None

@@ -9,7 +9,6 @@ stands beside its value in one array, as in the cache, so that either strip fill
 Bytes: x is read once, queries, keys and values are written once; the weight is read once for each block of rows.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -23,47 +22,34 @@ from ..qk_norm_rope.tpu import normed_and_rotated, signed_tables
 from ..qk_norm_rope.types import Heads
 from ..ragged_paged_attention.tpu_sizes import LANES, Chip, chip_of
 from ..ragged_paged_attention.tpu_traffic import Traffic
+from ..strips_tpu import TILE_ROWS, Strips, blocks_of, depth_of_product
 
-TILE_ROWS = 256
-TILE_DEPTH = 2048
 STRIP = 2 * LANES  # columns: as wide as the widest MXU
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Rows of x that stay in VMEM, columns of the weight in a strip, the depth of one product, and the parts that the
-    strips are split into, for the cores of a device."""
-
-    rows: int
-    columns: int
-    depth: int
-    parts: int = 1
+class Sizes(Strips):
+    """Columns are those of the weight, whole heads."""
 
     def passing(self, depth: int, itemsize: int, *, results_stay: bool = False) -> int:
-        """Bytes that the kernel asks of VMEM with x of this depth, beside the rows that stay: results that stay there
-        are written where they lie."""
+        """As `Strips.passing`; results that stay in VMEM are written where they lie."""
         strips = 2 * depth * self.columns
         out = 0 if results_stay else 2 * 3 * self.rows * self.columns
         tables = self.rows * STRIP * 4
         kept = (strips + out) * itemsize + tables + 8 * TILE_ROWS * self.columns * 4
         return kept + kept // 4
 
-    def vmem(self, depth: int, itemsize: int) -> int:
-        """All bytes that it takes up there."""
-        return self.rows * depth * itemsize + self.passing(depth, itemsize)
-
 
 def sizes_for(rows: int, depth: int, heads: Heads, itemsize: int, chip: Chip) -> Sizes | None:
     """The most rows a block that VMEM has room for; None where whole tiles do not make up these shapes."""
     if rows % TILE_ROWS or depth % LANES or heads.dim not in (LANES, STRIP):
         return None
-    part = max(part for part in range(LANES, min(depth, TILE_DEPTH) + 1, LANES) if depth % part == 0)
+    part = depth_of_product(depth)
     of_queries, of_keys = heads.queries * heads.dim, heads.keys * heads.dim
     columns = heads.dim if of_queries % STRIP or of_keys % STRIP else STRIP
     parts = 1 if (of_queries // columns) % chip.cores or (of_keys // columns) % chip.cores else chip.cores
-    for blocks in range(1, rows // TILE_ROWS + 1):
-        sizes = Sizes(rows // blocks, columns, part, parts)
-        if rows % (blocks * TILE_ROWS) == 0 and sizes.vmem(depth, itemsize) <= chip.vmem_limit_bytes:
+    for block in blocks_of(rows):
+        sizes = Sizes(block, columns, part, parts)
+        if sizes.vmem(depth, itemsize) <= chip.vmem_limit_bytes:
             return sizes
     return None
 
