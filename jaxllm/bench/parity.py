@@ -3,7 +3,10 @@
 An engine on the default backend generates greedily. Then engines on the reference backend read each prompt with its
 answer at once and say what they think of every token: one in the run's dtype, and where that is not float32 another
 one in float32, which shows what rounding alone does to the reference path: random weights of dozens of layers enlarge
-it. The kernel must agree with the reference path within `TOLERANCE`, or within what two such roundings differ by.
+it. The kernel's logprobs must agree with the reference path's within `TOLERANCE`, or within what two such roundings
+differ by, and where an answer parts from the one that the reference path would give, both tokens must tie within that.
+What comes after that token is another text, which the reference path would not write; its logprobs are compared, its
+choices only counted.
 """
 
 import dataclasses
@@ -38,12 +41,14 @@ class ParityResult:
       num_tokens: generated and compared.
       num_other: tokens that are not the reference's most likely one.
       worst_error, mean_error: of the backend beside the reference, both in the run's dtype.
-      worst_gap: largest (reference's best - reference's logprob of the token) / max(|best|, 1); 0 where all are its
-        best.
+      worst_gap: largest (reference's best - reference's logprob of the token) / max(|best|, 1), over all positions; 0
+        where all are its best.
+      num_parted: answers with a token that is not the reference's most likely one, out of `num_answers`.
+      worst_parting: largest gap of an answer's first such token.
       rounding_worst, rounding_mean: errors of the reference in the run's dtype beside itself in float32; 0 where they
         are the same. None: float32 did not fit.
       backend_mean: mean error of the backend beside the reference in float32; None likewise.
-      tolerance: what `worst_error` and `worst_gap` may be: TOLERANCE, or twice the worst rounding if that is more.
+      tolerance: what `worst_error` and `worst_parting` may be: TOLERANCE, or twice the worst rounding if that is more.
       agrees: whether both are within it.
     """
 
@@ -54,6 +59,9 @@ class ParityResult:
     worst_error: float
     mean_error: float
     worst_gap: float
+    num_answers: int
+    num_parted: int
+    worst_parting: float
     rounding_worst: float | None
     rounding_mean: float | None
     backend_mean: float | None
@@ -90,6 +98,11 @@ def gap(scores: Scores, token: int) -> float:
     return (best - scores[token]) / max(abs(best), 1.0)
 
 
+def partings(gaps: Sequence[Sequence[float]]) -> list[float]:
+    """Of each answer that parts from the reference's: the gap of the first token that does. `gaps`: of its tokens."""
+    return [next(each for each in answer if each > 0) for answer in gaps if any(answer)]
+
+
 def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUTPUT) -> ParityResult:
     """Opens two or three engines, one after the other; `options` are those of `LLM`. Raises what it raises."""
     longest = max(LENGTHS) + output_tokens + 1
@@ -112,23 +125,28 @@ def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUT
         whole: list[Scores] | None = theirs
         if plan.dtype.name != "float32":
             whole = _read_in_float32(path, made, asked, tokens)
-    gaps = [gap(scores, token) for scores, token in zip(theirs, (t for ids in tokens for t in ids), strict=True)]
+    each = iter(theirs)
+    gaps = [[gap(next(each), token) for token in answer] for answer in tokens]
+    parted = partings(gaps)
     found = errors(ours, theirs)
     rounding, beside = (None, None) if whole is None else (errors(theirs, whole), errors(ours, whole))
     tolerance = max(TOLERANCE, 2 * max(rounding or [0.0]))
     return ParityResult(
         backend=plan.backend,
         reference="reference",
-        num_tokens=len(gaps),
-        num_other=sum(each > 0 for each in gaps),
+        num_tokens=len(theirs),
+        num_other=sum(each > 0 for answer in gaps for each in answer),
         worst_error=max(found),
         mean_error=sum(found) / len(found),
-        worst_gap=max(gaps),
+        worst_gap=max(map(max, gaps)),
+        num_answers=len(gaps),
+        num_parted=len(parted),
+        worst_parting=max(parted, default=0.0),
         rounding_worst=max(rounding) if rounding else None,
         rounding_mean=sum(rounding) / len(rounding) if rounding else None,
         backend_mean=sum(beside) / len(beside) if beside else None,
         tolerance=tolerance,
-        agrees=max(*found, *gaps) <= tolerance,
+        agrees=max(*found, *parted) <= tolerance,
     )
 
 

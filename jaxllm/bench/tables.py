@@ -256,21 +256,25 @@ def memory(facts: Facts, results: Sequence[MemoryResult]) -> list[Table]:
 
 def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
     """How far the kernel's logprobs and choices are from the reference's."""
-    columns = ["backend", "beside", "greedy tokens", "not its best", "worst gap", "worst error", "mean error"]
+    columns = ["backend", "beside", "greedy tokens", "not its best", "worst gap", "answers parted", "worst gap there"]
+    columns += ["worst error", "mean error"]
     columns += ["tolerance", "", "reference beside float32: worst", "mean", "backend beside float32: mean"]
     rows = []
     for r in results:
         counts = count(r.num_tokens), count(r.num_other)
-        found = r.worst_gap, r.worst_error, r.mean_error, r.tolerance
-        rows.append([r.backend, r.reference, *counts, *(f"{100 * each:.2f}%" for each in found)])
+        parted = f"{r.num_parted} of {r.num_answers}", f"{100 * r.worst_parting:.2f}%"
+        found = r.worst_error, r.mean_error, r.tolerance
+        rows.append([r.backend, r.reference, *counts, f"{100 * r.worst_gap:.2f}%", *parted])
+        rows[-1] += [f"{100 * each:.2f}%" for each in found]
         rows[-1].append("agree" if r.agrees else "DIFFER")
         beside = r.rounding_worst, r.rounding_mean, r.backend_mean
         rows[-1] += ["" if each is None else f"{100 * each:.2f}%" for each in beside]
     note = (
         "An error is that of one position: the norm of the differences of its most likely tokens' logprobs over the "
         "norm of the reference's. A gap is how far below the reference's best token a chosen one lies, relative "
-        "to that one's logprob. Tolerance: 2%, or twice what rounding to the run's dtype does to the reference where "
-        "that is more."
+        "to that one's logprob; an answer parts at its first token that is not the reference's best. Tolerance, of the "
+        "worst error and of the worst gap where answers part: 2%, or twice what rounding to the run's dtype does to "
+        "the reference where that is more."
     )
     return [Table("Greedy tokens beside the reference path", columns, rows, [note])]
 
