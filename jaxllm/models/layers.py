@@ -210,6 +210,7 @@ class Attention(nnx.Module):
             scale=self.scale,
             window=self.window,
             cap=self.cap,
+            then=self.o_proj.kernel[...],
         )
         return out.reshape(x.shape[0], -1), cache
 

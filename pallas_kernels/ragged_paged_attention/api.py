@@ -36,6 +36,7 @@ def ragged_paged_attention(
     sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    then: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes this step's keys and values into their pages, then lets every query token attend to its sequence so far.
 
@@ -50,6 +51,7 @@ def ragged_paged_attention(
       cap: scores become `cap * tanh(score / cap)` (Gemma 2).
       sinks: float[num_heads], a logit a head that takes part in the softmax and has no value (gpt-oss).
       k_scale, v_scale: float32 scalars; the cache holds `k / k_scale` and `v / v_scale` in its own dtype.
+      then: the weight [K, N] of the product that follows; a backend may bring a part of it nearer meanwhile.
 
     Returns:
       (out, cache): out is [T, num_heads, head_dim] in q's dtype, zero for padding tokens.
@@ -65,6 +67,6 @@ def ragged_paged_attention(
         raise ValueError(f"window must be at least 1, not {window}")
     if metadata.decodes_only and metadata.kv_lens.shape[0] != q.shape[0]:
         raise ValueError(f"decodes_only wants as many tokens as rows, not {q.shape[0]} and {metadata.kv_lens.shape[0]}")
-    return _module(backend).ragged_paged_attention(
-        q, k, v, cache, metadata, scale=scale, window=window, cap=cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale
-    )
+    options = dict(scale=scale, window=window, cap=cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    ahead = {"then": then} if backend == "gpu" else {}
+    return _module(backend).ragged_paged_attention(q, k, v, cache, metadata, **options, **ahead)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from . import gpu_decode, gpu_merge, gpu_prefill, gpu_write
+from . import gpu_decode, gpu_merge, gpu_prefetch, gpu_prefill, gpu_write
 from .types import AttentionMetadata, CacheSpec
 
 PAGE_SIZES = (16, 32, 64, 128)
@@ -75,6 +75,7 @@ def ragged_paged_attention(
     sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    then: jax.Array | None = None,
     decode_config: gpu_decode.DecodeConfig | None = None,
     prefill_config: gpu_prefill.PrefillConfig | None = None,
     interpret=False,
@@ -125,8 +126,10 @@ def ragged_paged_attention(
     new_slots = metadata.write_slots if metadata.decodes_only else None
     if new_slots is None:
         cache = gpu_write.write(cache, qkv, num_heads, metadata, interpret=interpret)
+    if interpret or not metadata.decodes_only or (then is not None and not gpu_prefetch.is_worth_it(then, num_tokens)):
+        then = None  # the interpreter has no delays
     out, cache, own, shared, plan = gpu_decode.decode(
-        qkv, cache, metadata, scales, group=group, config=decode_config, new_slots=new_slots, **options
+        qkv, cache, metadata, scales, group=group, config=decode_config, new_slots=new_slots, then=then, **options
     )
     out_ref = jax.new_ref(out.reshape(qkv.shape[0], num_heads, qkv.shape[2]))
     gpu_merge.merge(

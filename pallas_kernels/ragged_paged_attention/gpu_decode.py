@@ -32,6 +32,7 @@ from .gpu_common import (
 )  # fmt: skip
 from .gpu_merge import Parts, part_rows
 from .gpu_plan import END, FIRST, NEXT, PLACE, ROW, RUN, TILES, DecodePlan, decode_plan
+from .gpu_prefetch import prefetch
 from .types import AttentionMetadata
 
 
@@ -68,6 +69,7 @@ class _Inputs(NamedTuple):
     cache: Any  # [num_pages, 2, num_kv_heads, copies a page, keys a copy, head_dim]
     sinks: Any = None
     new_slots: Any = None  # int32[T], where this step's keys and values go, if they are not in the cache yet
+    then: Any = None  # the weight of the product that follows, if it is to be prefetched
 
 
 class _Outputs(NamedTuple):
@@ -143,6 +145,8 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
 
     start = tuple(aim(ins.plan.streams[stream, 0], ins.plan.streams[stream, 1]) for stream in streams)
     lax.fori_loop(0, functools.reduce(jnp.maximum, counts), step, start)
+    if ins.then is not None:
+        prefetch(ins.then, lax.axis_index("block"), config.blocks)
     for i, count in enumerate(counts):
         for slot in range(slots):
             pl.when(2 * count > slot)(functools.partial(plgpu.barrier_wait, scratch.emptied.at[i * slots + slot]))
@@ -372,6 +376,7 @@ def decode(
     sinks: jax.Array | None,
     config: DecodeConfig,
     new_slots: jax.Array | None = None,
+    then: jax.Array | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array, Parts, Parts | None, DecodePlan]:
     """Attention of the decode rows, but for what `gpu_merge.merge` joins.
@@ -383,6 +388,7 @@ def decode(
       scales: float32[2], what the scores and what the output are multiplied by.
       new_slots: where this step's keys and values go (see AttentionMetadata.write_slots), if they are not in the cache
         yet; all rows must be decode rows. None: they are there.
+      then: the weight of the product that follows, to be prefetched (see `gpu_prefetch.is_worth_it`).
 
     Returns:
       out, [T * num_heads, head_dim], of which only decode rows' results are written; the cache, with what is new; the
@@ -431,7 +437,7 @@ def decode(
     if sinks is not None:  # row i of a q tile may belong to any head onwards
         sinks = jnp.tile(sinks.astype(jnp.float32), 1 + pl.cdiv(ROWS, sinks.shape[0]))
     known = pages if cache_ref is None else cache_ref
-    inputs = _Inputs(plan, metadata.page_tables, scales, qkv, known, sinks, new_slots)
+    inputs = _Inputs(plan, metadata.page_tables, scales, qkv, known, sinks, new_slots, then)
     operands, structure = jax.tree.flatten(inputs)
 
     def body(*refs):

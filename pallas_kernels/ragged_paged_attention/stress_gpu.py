@@ -28,8 +28,12 @@ from .types import AttentionMetadata
 LAYERS = 32
 SHAPES = ((32, 8, 128), (28, 4, 128), (8, 8, 64), (16, 1, 64), (8, 4, 256), (64, 8, 64), (32, 32, 96))
 FEATURES = ((), ("window",), ("cap",), ("sinks",), ("window", "cap", "sinks", "scales"))
-# (query heads, key-value heads, head_dim), decodes only or mixed, what attention has besides.
-KINDS = tuple(itertools.product(SHAPES, (True, False), FEATURES))
+SIZES = {"decodes": (33, 33), "mixed": (160, 17), "few decodes": (6, 6)}  # tokens and rows, padding included
+# (query heads, key-value heads, head_dim), a name of SIZES, what attention has besides. Few decodes prefetch a weight.
+KINDS = (
+    *itertools.product(SHAPES, ("decodes", "mixed"), FEATURES),
+    *itertools.product(SHAPES, ("few decodes",), (FEATURES[0], FEATURES[-1])),
+)
 
 
 def make_metadata(
@@ -129,7 +133,8 @@ def check(seconds: float, first: int = 0, step: int = 1):
     rng = np.random.default_rng(time.time_ns())
     end, worst, count, wrong = time.time() + seconds, 0.0, first, 0
     while time.time() < end or count < len(KINDS):
-        (heads, kv_heads, head_dim), decodes_only, features = KINDS[count % len(KINDS)]
+        (heads, kv_heads, head_dim), size, features = KINDS[count % len(KINDS)]
+        (tokens, max_rows), decodes_only = SIZES[size], size != "mixed"
         page_size = int(rng.choice([16, 32, 64, 128]))
         window = int(rng.integers(1, 500)) if "window" in features else None
         options = {"scale": head_dim**-0.5, "window": window, "cap": 20.0 if "cap" in features else None}
@@ -137,9 +142,9 @@ def check(seconds: float, first: int = 0, step: int = 1):
             options["sinks"] = jnp.asarray(rng.standard_normal(heads), jnp.float32)
         if "scales" in features:  # powers of two, by which both paths divide alike
             options |= {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(4.0)}
-        run = jax.jit(functools.partial(gpu.ragged_paged_attention, **options))
+        then = jnp.zeros((heads * head_dim, 4096), jnp.bfloat16) if size == "few decodes" else None
+        run = jax.jit(functools.partial(gpu.ragged_paged_attention, then=then, **options))
         truth = jax.jit(functools.partial(reference.ragged_paged_attention, **options))
-        tokens, max_rows = (33, 33) if decodes_only else (160, 17)
         batches = []
         for _ in range(4):
             rows, prefixes = random_rows(rng, int(rng.integers(1, max_rows)), 700, 1 if decodes_only else 100), None
@@ -176,7 +181,7 @@ def check(seconds: float, first: int = 0, step: int = 1):
                 wrong += 1
                 print(
                     f"WRONG {error=:.2e} {same=} {written=} {heads=} {kv_heads=} {head_dim=} {page_size=} {options=} "
-                    f"{decodes_only=} {rows=} {prefixes=}"
+                    f"{size=} {rows=} {prefixes=}"
                 )
         count += step
     kinds = (count - first) // step

@@ -31,7 +31,7 @@ reference_of = jax.jit(reference.ragged_paged_attention, static_argnames=("scale
 
 def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=64, sinks=False, blocks=2, **options):
     shape = {key: options.pop(key) for key in SHAPE if key in options}
-    pack = options.pop("pack", 1)
+    pack, then = options.pop("pack", 1), options.pop("then", None)
     args = make_case(
         0,
         rows,
@@ -50,6 +50,7 @@ def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=
     out, cache = gpu.ragged_paged_attention(
         *args,
         **options,
+        then=then,
         decode_config=DecodeConfig(blocks=blocks, consumers=consumers),
         prefill_config=PrefillConfig(blocks=blocks, consumers=consumers, pack=pack),
         interpret=INTERPRET,
@@ -100,7 +101,7 @@ def test_head_dim_96_is_padded():
 def test_decodes_only_with_padding(capfd):
     """More rows than streams and fewer: pairs that are cut and pairs that are not; padding comes out as zeros."""
     run_and_compare(capfd, [(1, 130), (1, 1), (1, 64), (1, 400)], **DECODES)
-    run_and_compare(capfd, [(1, 65)], tokens=1, decodes_only=True)
+    run_and_compare(capfd, [(1, 65)], tokens=1, decodes_only=True, then=jnp.zeros((128, 256), jnp.bfloat16))
 
 
 def test_decodes_only_with_everything(capfd):
@@ -176,6 +177,15 @@ def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, decodes_only):
     text = jax.jit(run, donate_argnums=3).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "tf.aliasing_output = 1" in text  # the donated cache
     assert ("ragged_paged_prefill" in text) != decodes_only
+
+
+@pytest.mark.parametrize("tokens,width,prefetched", [(8, 512, True), (16, 512, False), (8, 500, False)])
+def test_few_rows_prefetch_the_next_weight(tokens, width, prefetched):
+    args = make_case(0, [(1, 70)], heads=8, kv_heads=2, head_dim=128, page_size=64, tokens=tokens, decodes_only=True)
+    then = jnp.zeros((1024, width), jnp.bfloat16)
+    run = jax.jit(functools.partial(gpu.ragged_paged_attention, scale=0.1, then=then))
+    text = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("cp.async.bulk.prefetch.tensor" in text) == prefetched
 
 
 def test_refuses_what_it_lacks():
