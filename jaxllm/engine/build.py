@@ -32,7 +32,7 @@ from jaxllm.models import loader
 from jaxllm.models.registry import model_class
 from jaxllm.structured.vocabulary import Encode, Vocabulary, vocabulary_of
 from jaxllm.text.eos import eos_token_ids
-from sharding import make_mesh, partition_spec
+from sharding import TENSOR, make_mesh, partition_spec, spans_processes
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,13 @@ def _mesh(config: EngineConfig, group: Group | None) -> Mesh:
         pairs = ", ".join(f"{d} × {count // d}" for d in range(1, count + 1) if count % d == 0)
         raise ConfigError(f"{asked}: {group.size} processes have {count} devices, and all must be used: {pairs}")
     return make_mesh(data=config.data_parallel_size, tensor=config.tensor_parallel_size)
+
+
+def stream_axis(mesh: Mesh, backend: str) -> str | None:
+    """The axis over whose shards the residual stream may be dealt out: kernels sum over the GPUs of one process, which
+    reach each other's memory. Only meshes that are all one axis have been run."""
+    shards = mesh.shape[TENSOR]
+    return TENSOR if backend == "gpu" and 1 < shards == mesh.size and not spans_processes(mesh) else None
 
 
 def build_core(
@@ -162,13 +169,16 @@ def _build(
         jax.tree.structure(model),
         model.config.vocab_size,
         model.config.tensor_shards,
+        stream_axis(mesh, plan.backend),
     )
     threads = max(2, min(8, (os.cpu_count() or 2) // 2))
     others = lowering_processes(plan, threads)
     lowering = SharedLowering(shape, plan, abstract_leaves(model, mesh), mesh, others)
     store = None
     if jax.default_backend() != "cpu":  # where lowering costs seconds
-        name = fingerprint(family.__name__, model.config, plan, shape.layout, mesh.shape, jax.process_index())
+        name = fingerprint(
+            family.__name__, model.config, plan, shape.layout, shape.stream_axis, mesh.shape, jax.process_index()
+        )
         store = (ExecutableStore(config.cache_directory, name), list(mesh.devices.flat))
     executables = Executables(lowering, num_threads=threads, store=store)
     executables.prepare(first_keys(plan, expected))

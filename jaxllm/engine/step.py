@@ -62,7 +62,7 @@ class StepBuffers:
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """What the step's code depends on beside its arguments' shapes: all static."""
+    """What the step's code depends on beside its arguments' shapes: all static. `stream_axis`: see StepMetadata."""
 
     layout: StepLayout
     page_size: int
@@ -70,6 +70,7 @@ class StepShape:
     treedef: Any
     vocab_size: int
     tensor_shards: int = 1
+    stream_axis: str | None = None
 
     @property
     def vocab_axis(self) -> str | None:
@@ -193,7 +194,7 @@ def forward(
     model = shape.model(leaves)
     ends_at = jnp.maximum(attention[0].query_starts[1:] - 1, 0)  # each row's last token
     wanted = None if decodes_only or all_hidden or num_rows == num_tokens else ends_at
-    metadata = StepMetadata(attention, LinearMetadata(), wanted, backend=shape.backend)
+    metadata = StepMetadata(attention, LinearMetadata(), wanted, shape.backend, shape.stream_axis)
     hidden, caches = model(token_ids, caches, metadata)
 
     last = hidden if decodes_only or wanted is not None else hidden[ends_at]

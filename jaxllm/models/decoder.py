@@ -9,8 +9,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.models.config import DecoderConfig
-from jaxllm.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, RopeTables, linear, summand
+from jaxllm.models.layers import (
+    Attention,
+    Embedding,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    RopeTables,
+    can_deal_out_stream,
+    linear,
+    stream_rows,
+    summand,
+)
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
+from sharding import num_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +42,12 @@ class DecoderLayer(nnx.Module):
     A layer takes the stream and the update that is still to be added to it, and leaves both so: the sum and the norm
     that follows it are one pass over memory. What follows its attention is a part of its own (`finish`), since the last
     layer may do it for some of the tokens only.
+
+    `deals_out_stream`: all that it adds to the stream goes through `summand` and `RMSNorm.add`, which can do with each
+    shard's rows of it.
     """
+
+    deals_out_stream = True
 
     def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
         self.input_layernorm = RMSNorm.over_hidden(config, dtype=dtype)
@@ -81,7 +98,7 @@ class DecoderStack(nnx.Module):
 class CausalLM(nnx.Module):
     """A causal language model. Families define `parse_config`, and `layer_type` where their layers are not Llama's."""
 
-    layer_type: type[nnx.Module] = DecoderLayer
+    layer_type: type[DecoderLayer] = DecoderLayer
 
     @classmethod
     def parse_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
@@ -113,21 +130,27 @@ class CausalLM(nnx.Module):
     def __call__(self, token_ids: jax.Array, caches: list[jax.Array], metadata: StepMetadata):
         """int32[T] token ids to the normalized hidden rows [T, embed], or [R, embed] of `metadata.output_rows`, and the
         caches with the new tokens in them."""
-        rows, metadata = metadata.output_rows, dataclasses.replace(metadata, output_rows=None)
-        hidden = self.model.embed_tokens(token_ids)
+        rows = metadata.output_rows
+        axis = metadata.stream_axis if self.layer_type.deals_out_stream else None
+        if not can_deal_out_stream(self.config.hidden_size, self.model.norm.weight[...].dtype, axis, metadata.backend):
+            axis = None
+        metadata = dataclasses.replace(metadata, output_rows=None, stream_axis=axis)
+        embed = self.model.embed_tokens
+        hidden = embed(token_ids) if axis is None else embed.part(token_ids)
         if self.config.embedding_scale != 1.0:
             hidden = hidden * jnp.asarray(self.config.embedding_scale, hidden.dtype)
         config = self.config
         rope = config.rope.tables(metadata.positions)
         local = rope if config.local_rope == config.rope else config.local_rope.tables(metadata.positions)
-        stream, updated = jnp.zeros_like(hidden), []
+        own = -(-len(token_ids) // num_shards(axis))
+        stream, updated = jnp.zeros((own, hidden.shape[1]), hidden.dtype), []
         for layer, cache in zip(self.model.layers, caches, strict=True):
             tables = rope if layer.self_attn.window is None else local
             stream, attended, cache = _attend(layer, stream, hidden, tables, cache, metadata)
             updated.append(cache)
             if rows is not None and len(updated) == len(caches):
-                stream, attended = stream[rows], attended[rows]
-                metadata = dataclasses.replace(metadata, linear=metadata.linear.take(rows))
+                stream, attended = stream_rows(stream, rows, metadata), attended[rows]
+                metadata = dataclasses.replace(metadata, linear=metadata.linear.take(rows), stream_axis=None)
             stream, hidden = _finish(layer, stream, attended, metadata)
         return self.model.norm.add(stream, hidden, metadata)[1], updated
 

@@ -40,6 +40,8 @@ def gemma_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 class GemmaLayer(DecoderLayer):
     """Attention and MLP, each between two norms, each added to what came in."""
 
+    deals_out_stream = False  # what is added is a norm of the sum
+
     def __init__(self, config: DecoderConfig, *, window: int | None, group: int, dtype):
         super().__init__(config, window=window, group=group, dtype=dtype)
         self.pre_feedforward_layernorm = RMSNorm.over_hidden(config, dtype=dtype)

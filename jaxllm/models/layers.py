@@ -26,11 +26,12 @@ from jaxllm.models.metadata import LinearMetadata, StepMetadata
 from jaxllm.models.rope import rotate, rotate_leading
 from jaxllm.models.sources import Source
 from pallas_kernels import add_rms_norm as norms
+from pallas_kernels import all_reduce_rms_norm as sums
 from pallas_kernels import gated_matmul as gating
 from pallas_kernels import qk_norm_rope as qk
 from pallas_kernels import qkv_projection as qkv_kernel
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
-from sharding import RULES, TENSOR, shard_start, sum_over
+from sharding import RULES, TENSOR, num_shards, shard_start, sum_over
 
 RopeTables = tuple[jax.Array, jax.Array]
 
@@ -92,7 +93,13 @@ def linear(x: jax.Array, weight: Linear, metadata: LinearMetadata, dtype: DTypeL
 
 
 def summand(x: jax.Array, weight: Linear, metadata: StepMetadata) -> jax.Array:
-    """`linear` for `RMSNorm.add` alone: [T, out], or the parts of it that its kernel adds up."""
+    """`linear` for `RMSNorm.add` alone: [T, out], or the parts of it that its kernel adds up; where the stream is dealt
+    out, a shard's part."""
+    if metadata.stream_axis is not None:
+        y = jnp.dot(x, weight.kernel[...])
+        return (
+            y if weight.bias is None else y + jnp.where(shard_start(1, metadata.stream_axis) == 0, weight.bias[...], 0)
+        )
     if weight.bias is None and weight.sums_over is None:
         return norms.product(x, weight.kernel[...], metadata.backend)
     return linear(x, weight, metadata.linear)
@@ -112,6 +119,30 @@ def split(y: jax.Array, weight: Linear) -> list[jax.Array]:
     """The logical slices of a fused projection's output."""
     starts = [sum(weight.slices[:i]) for i in range(len(weight.slices))]
     return [y[:, start : start + width] for start, width in zip(starts, weight.slices, strict=True)]
+
+
+def _own_rows(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
+    """int32[R] to [R, H] of a table [N, H] whose rows are dealt out among the shards of `axis`, in equal runs: zeros
+    where another shard has the row."""
+    if axis is None:
+        return table[ids]
+    rows = ids - shard_start(table.shape[0], axis)
+    mine = (rows >= 0) & (rows < table.shape[0])
+    return jnp.where(mine[:, None], table[jnp.where(mine, rows, 0)], 0)
+
+
+def can_deal_out_stream(width: int, dtype: DTypeLike, axis: str | None, backend: str) -> bool:
+    """Whether `RMSNorm.add` can sum over the shards of `axis` into a stream of which each has some rows."""
+    return axis is not None and sums.has_kernel(width, dtype, num_shards(axis), _sums_backend(backend))
+
+
+def _sums_backend(backend: str) -> str:
+    return "gpu" if backend == "gpu" else "reference"
+
+
+def stream_rows(stream: jax.Array, ids: jax.Array, metadata: StepMetadata) -> jax.Array:
+    """int32[R] to these rows of the residual stream, [R, embed], on each shard, also where it is dealt out."""
+    return sum_over(_own_rows(stream, ids, metadata.stream_axis), metadata.stream_axis)
 
 
 class RMSNorm(nnx.Module):
@@ -134,7 +165,17 @@ class RMSNorm(nnx.Module):
 
     def add(self, x: jax.Array, update: jax.Array, metadata: StepMetadata) -> tuple[jax.Array, jax.Array]:
         """(x + update, its norm) of rows [T, H], in one pass where the step's backend has a kernel for it; the update
-        may be what `summand` returns."""
+        may be what `summand` returns. Of a stream that is dealt out, x are this shard's rows."""
+        if metadata.stream_axis is not None:
+            return sums.all_reduce_rms_norm(
+                x,
+                update,
+                self.weight[...],
+                axis=metadata.stream_axis,
+                eps=self.eps,
+                unit_offset=self.unit_offset,
+                backend=_sums_backend(metadata.backend),
+            )
         backend = metadata.backend if norms.has_kernel(x.shape[1], x.dtype, metadata.backend) else "reference"
         return norms.add_rms_norm(
             x, update, self.weight[...], eps=self.eps, unit_offset=self.unit_offset, backend=backend
@@ -157,12 +198,12 @@ class Embedding(nnx.Module):
         self.axis = TENSOR if shards > 1 else None
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        weight = self.weight[...]
-        if self.axis is None:
-            return weight[token_ids]
-        rows = token_ids - shard_start(weight.shape[0], self.axis)
-        mine = (rows >= 0) & (rows < weight.shape[0])
-        return sum_over(jnp.where(mine[:, None], weight[jnp.where(mine, rows, 0)], 0), self.axis)
+        """int32[T] to [T, embed]."""
+        return sum_over(self.part(token_ids), self.axis)
+
+    def part(self, token_ids: jax.Array) -> jax.Array:
+        """What this shard has of them, zeros elsewhere: int32[T] to [T, embed]."""
+        return _own_rows(self.weight[...], token_ids, self.axis)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, embed] to float32[R, vocab]. The table stands on the left, where XLA:CPU's product is 1.3 to 1.9 times

@@ -34,12 +34,15 @@ class StepMetadata:
       output_rows: int32[R], the tokens whose hidden rows are wanted: what the last layer computes after its attention
         is for them alone. None: all.
       backend: the attention backend, one of pallas_kernels.ragged_paged_attention.BACKENDS (static).
+      stream_axis: the mesh axis over whose shards the residual stream's rows are dealt out, None: each has all of them
+        (static). A model is given the axis over which they may be.
     """
 
     attention: tuple[AttentionMetadata, ...]
     linear: LinearMetadata
     output_rows: jax.Array | None = None
     backend: str = dataclasses.field(default="reference", metadata=dict(static=True))
+    stream_axis: str | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def positions(self) -> jax.Array:

@@ -36,7 +36,7 @@ class _CudaLowering(Lowering):
         return _ForCuda(super()._sharded(*arguments, **options))
 
 
-def _arguments(shards: int) -> tuple:
+def _arguments(shards: int, stream_axis: str | None = None) -> tuple:
     """Of a `Lowering` of a layer of Llama 3.1 8B."""
     config = MODEL_SHAPES["llama-3.1-8b"] | {"num_hidden_layers": 1}
     family = model_class(config)
@@ -47,7 +47,7 @@ def _arguments(shards: int) -> tuple:
     )
     groups = (CacheGroup("full", 400, 64),)
     plan = EnginePlan(jnp.dtype(jnp.bfloat16), "gpu", scheduler, (8, 256), groups, model.layer_caches(), 0, 0)
-    shape = StepShape(layout_of(plan), 64, "gpu", jax.tree.structure(model), parsed.vocab_size, shards)
+    shape = StepShape(layout_of(plan), 64, "gpu", jax.tree.structure(model), parsed.vocab_size, shards, stream_axis)
     mesh = AbstractMesh((1, shards), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2)
     return shape, plan, abstract_leaves(model, mesh), mesh
 
@@ -66,6 +66,16 @@ def _check(text: str, key: Forward, shards: int) -> None:
 def test_forward(key, shards):
     """All kernels run under `shard_map`, on local shapes; two sums a layer and one for the embeddings."""
     _check(_CudaLowering(*_arguments(shards))(key).as_text(), key, shards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "shards"), [(Forward(2, True), 8), (Forward(256), 2), (Forward(2048), 2)])
+def test_forward_whose_shards_deal_out_the_stream(key, shards):
+    """One kernel for a sum and the norm behind it, in the place of both; those of chosen rows stay apart."""
+    text = Exporting(*_arguments(shards, TENSOR), "cuda")(key).exported.mlir_module()
+    # decode, merge, three sums with norms; whole batches also write, prefill and the gated projection
+    assert len(re.findall(r"custom_call @mosaic_gpu_v2", text)) == (5 if key.decodes_only else 8)
+    assert len(re.findall(r"stablehlo\.all_reduce", text)) == (3 if key.num_tokens == 2048 else 0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,128 @@
+"""Checks and times the kernel on all GPUs of this machine, for no interpreter runs it:
+
+python -m pallas_kernels.all_reduce_rms_norm.stress_gpu [--widths 8192,4096] [--rows 1,2,33,256,4096] [--rounds 20]
+
+Each width and number of rows, over random summands with rows of large values between them, against the reference in
+float32: the worst error, and whether the rounds gave the same bits on all devices, with other work of these between
+them. Then microseconds a call in a chain, beside an all-reduce of XLA's with the norm of `add_rms_norm` behind it.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..add_rms_norm import add_rms_norm
+from . import all_reduce_rms_norm
+
+TENSOR = "tensor"
+CHAIN = 40  # calls in one program
+
+
+def _shared(function, mesh, chain: int = 1):
+    """function(x, update, weight) -> (x, normed) on each device, `chain` times; the norm makes the next update."""
+
+    def run(x, update, weight):
+        def step(_, carry):
+            x, update = carry
+            x, normed = function(x, update * jnp.bfloat16(0.5), weight)
+            return x, normed
+
+        return step(0, (x, update)) if chain == 1 else jax.lax.fori_loop(0, chain, step, (x, update))
+
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=(P(TENSOR), P(TENSOR), P()), out_specs=(P(TENSOR), P(TENSOR)), check_vma=False
+    )
+    return jax.jit(sharded)
+
+
+def _whole(x, update, weight):
+    return add_rms_norm(x, jax.lax.psum(update, TENSOR), weight, eps=1e-5, backend="gpu")
+
+
+def _microseconds(run, *arguments) -> float:
+    for _ in range(2):
+        jax.block_until_ready(run(*arguments))
+    start = time.perf_counter()
+    for _ in range(3):
+        out = run(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / 3 / CHAIN * 1e6
+
+
+def check(mesh, width: int, rows: int, rounds: int) -> tuple[float, bool]:
+    """Of the worst relative error of a row's norm, and whether all rounds and devices agree."""
+    devices = mesh.size
+    own = -(-rows // devices)
+    sharded, alike = NamedSharding(mesh, P(TENSOR)), NamedSharding(mesh, P())
+    sums = functools.partial(all_reduce_rms_norm, axis=TENSOR, eps=1e-5)
+    kernel = _shared(functools.partial(sums, backend="gpu"), mesh)
+    truth = _shared(functools.partial(sums, backend="reference"), mesh)
+    noise = _shared(_whole, mesh)
+    worst, agree = 0.0, True
+    first: list[np.ndarray] = []
+    for turn in range(rounds):
+        keys = jax.random.split(jax.random.key(turn // 2), 3)  # each twice
+        large = 10.0 ** jax.random.randint(keys[2], (devices * rows, 1), -3, 4)
+        x = jax.device_put(jax.random.normal(keys[0], (devices * own, width), jnp.bfloat16), sharded)
+        update = (large * jax.random.normal(keys[1], (devices * rows, width))).astype(jnp.bfloat16)
+        update = jax.device_put(update, sharded)
+        weight = jax.device_put(jnp.linspace(0.5, 1.5, width).astype(jnp.bfloat16), alike)
+        if turn % 3 == 0:
+            noise(update, update, weight)
+        stream, normed = kernel(x, update, weight)
+        normed = np.asarray(normed, np.float32).reshape(devices, rows, width)
+        kept = np.asarray(stream, np.float32)[:rows]
+        if turn % 2 == 0:
+            wide = [array.astype(jnp.float32) for array in (x, update, weight)]
+            expected = np.asarray(truth(*wide)[1], np.float32)[:rows]
+            error = np.abs(normed[0] - expected).max(axis=1) / np.abs(expected).max(axis=1)
+            worst, first = max(worst, float(error.max())), [normed, kept]
+        else:
+            agree = agree and all(np.array_equal(*pair) for pair in zip(first, (normed, kept), strict=True))
+        agree = agree and bool((normed == normed[:1]).all())
+    return worst, agree
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    """Prints a line for each size; exits with 1 if one is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=_numbers, default=[8192, 4096])
+    parser.add_argument("--rows", type=_numbers, default=[1, 2, 33, 256, 4096])
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    mesh, wrong = jax.make_mesh((len(jax.devices()),), (TENSOR,), axis_types=(AxisType.Auto,)), 0
+    sharded, alike = NamedSharding(mesh, P(TENSOR)), NamedSharding(mesh, P())
+    for width in options.widths:
+        for rows in options.rows:
+            error, agree = check(mesh, width, rows, options.rounds)
+            wrong += not (agree and error < 1e-2)
+            own = -(-rows // mesh.size)
+            ones = functools.partial(jnp.ones, dtype=jnp.bfloat16)
+            update, weight = (
+                jax.device_put(ones((mesh.size * rows, width)), sharded),
+                jax.device_put(ones(width), alike),
+            )
+            dealt, whole = (jax.device_put(ones((mesh.size * n, width)), sharded) for n in (own, rows))
+            kernel = functools.partial(all_reduce_rms_norm, axis=TENSOR, eps=1e-5, backend="gpu")
+            times = [
+                _microseconds(_shared(function, mesh, CHAIN), x, update, weight)
+                for function, x in ((kernel, dealt), (_whole, whole))
+            ]
+            found = f"worst relative error {error:.1e}, {'the same bits' if agree else 'DIFFERENT BITS'}"
+            spent = f"{times[0]:.1f} us, all-reduce and norm {times[1]:.1f}"
+            print(f"[{rows}, {width}] over {mesh.size}: {found}; {spent}", flush=True)
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
