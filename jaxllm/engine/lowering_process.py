@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -56,11 +57,18 @@ class _Task:
     platform: str
     settings: dict[str, Any]
 
-    def abstract_leaves(self) -> list[jax.ShapeDtypeStruct]:
-        return [
-            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
-            for shape, dtype, spec in self.leaves
+    def lowering(self) -> "Exporting":
+        """For a process whose JAX has not begun. Kernels that sum over devices name them, and an abstract mesh has
+        none: this process' CPU stands for as many devices, of the same ids."""
+        mesh: Any = self.mesh
+        if self.shape.stream_axis is not None:
+            jax.config.update("jax_num_cpu_devices", self.mesh.size)
+            devices = np.asarray(jax.devices("cpu")).reshape(self.mesh.axis_sizes)
+            mesh = Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types)
+        leaves = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for shape, dtype, spec in self.leaves
         ]
+        return Exporting(self.shape, self.plan, leaves, mesh, self.platform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +254,7 @@ def main() -> None:
         for name, value in task.settings.items():
             if jax.config.values[name] != value:
                 jax.config.update(name, value)
-        lowering = Exporting(task.shape, task.plan, task.abstract_leaves(), task.mesh, task.platform)
+        lowering = task.lowering()
         programs.send_bytes(b"ready")
         while keys.poll(IDLE_SECONDS):
             key = pickle.loads(keys.recv_bytes())

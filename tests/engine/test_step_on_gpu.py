@@ -13,7 +13,7 @@ from jaxllm.core.kv_cache import CacheGroup
 from jaxllm.core.scheduler_config import SchedulerConfig
 from jaxllm.engine.build import abstract_leaves
 from jaxllm.engine.executables import FORWARD_DONATES, Forward, Lowering
-from jaxllm.engine.lowering_process import Exporting, SharedLowering
+from jaxllm.engine.lowering_process import Exporting, SharedLowering, _Process, _Task
 from jaxllm.engine.resolve import EnginePlan
 from jaxllm.engine.runner import layout_of
 from jaxllm.engine.step import StepShape
@@ -91,3 +91,15 @@ def test_forward_of_another_process(shards):
     assert len(re.findall(r"tf\.aliasing_output|jax\.buffer_donor", text)) == len(
         jax.tree.leaves([lowering.forward_arguments()[at] for at in FORWARD_DONATES])
     )
+
+
+@pytest.mark.slow
+def test_a_process_names_the_devices_that_a_kernel_sums_over():
+    shape, plan, leaves, mesh = _arguments(2, TENSOR)
+    parts = [(leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves]
+    process = _Process(pickle.dumps(_Task(shape, plan, parts, mesh, "cuda", {})))
+    program = process.lower(Forward(2, True))
+    process.close()
+    assert not isinstance(program, str), program
+    text = program.exported.mlir_module()
+    assert len(re.findall(r'xla_replica_ids = "0,1"', text)) == text.count("xla_replica_ids") == 3
