@@ -16,14 +16,8 @@ from tests.tpu_steps import CASES, Case, Engine, Measured, decode_step, measure,
 from tests.tpu_topology import compiling_for, makers_of
 
 LAYERS = 2
-LLAMA, LLAMA_4, LLAMA_70B, *QWEN = (dataclasses.replace(case, layers=LAYERS) for case in CASES)
-ALL = (LLAMA, LLAMA_4, LLAMA_70B, *QWEN)
+ALL = [dataclasses.replace(case, layers=LAYERS) for case in CASES]
 VMEM = {"v4": 16e6, "v5e": 128e6, "v5p": 64e6, "v6e": 128e6, "tpu7x": 64e6}
-
-
-def slow_but(*quick: Case) -> list:
-    """All cases, of which only these run without `-m slow`."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in ALL]
 
 
 def assert_sound(found: Measured) -> None:
@@ -39,7 +33,7 @@ def assert_sound(found: Measured) -> None:
     assert not unnamed(found)
 
 
-@pytest.mark.parametrize("case", slow_but(LLAMA, LLAMA_4), ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_decode(case):
     """Bytes and FLOPs of the forward pass within a tenth of what the model needs; the logits' product may give its
     logits to HBM and take them back."""
@@ -57,7 +51,7 @@ def test_decode(case):
     assert forward.vmem["ragged_paged_decode"] < VMEM[case.chip] / 5  # XLA fetches weights into the rest
 
 
-@pytest.mark.parametrize("case", slow_but(QWEN[1]), ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_prefill(case):
     """Bytes within a tenth of what weights, cache and activations must move; FLOPs within a tenth of the floor, but
     that the end of the last layer goes over all slots."""
@@ -71,7 +65,7 @@ def test_prefill(case):
 @pytest.mark.slow
 def test_data_parallel_ranks():
     """Two ranks on two chips: each holds its own pages, and nothing is exchanged."""
-    engine = Engine(LLAMA)
+    engine = Engine(ALL[0])
     with compiling_for("v6e", (2, 1, 1), (DATA, EXPERT, TENSOR)) as mesh:
         lowering = Lowering(engine.shape, engine.plan, abstract_leaves(engine.model, mesh), mesh)
         text = lowering(Forward(256)).compile().as_text()
