@@ -19,9 +19,10 @@ ROWS, COLUMNS = 64, 256  # of one request
 
 
 def is_worth_it(weight: jax.Array, rows: int) -> bool:
-    """Whether a batch of `rows` decodes should prefetch: there is time to, and requests of one size make up the
-    weight."""
-    return rows <= MAX_ROWS and weight.shape[0] % ROWS == 0 and weight.shape[1] % COLUMNS == 0
+    """Whether a batch of `rows` decodes should prefetch: there is time to, requests of one size make up the weight, and
+    it is not smaller than those that were timed."""
+    whole = weight.shape[0] % ROWS == 0 and weight.shape[1] % COLUMNS == 0
+    return rows <= MAX_ROWS and whole and weight.size * weight.dtype.itemsize >= AMOUNT
 
 
 def prefetch(weight_ref, block, blocks: int) -> None:
@@ -35,7 +36,7 @@ def prefetch(weight_ref, block, blocks: int) -> None:
     depth, width = weight_ref.shape
     across, groups = width // COLUMNS, depth // ROWS
     request = ROWS * COLUMNS * jnp.dtype(weight_ref.dtype).itemsize
-    wanted = min(max(AMOUNT // (request * across), 1), groups)  # of the groups of ROWS rows
+    wanted = max(AMOUNT // (request * across), 1)  # of the groups of ROWS rows
     pl.delay(DELAY)
 
     @pl.loop(block, wanted * across, step=blocks)

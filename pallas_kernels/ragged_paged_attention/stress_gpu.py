@@ -142,7 +142,7 @@ def check(seconds: float, first: int = 0, step: int = 1):
             options["sinks"] = jnp.asarray(rng.standard_normal(heads), jnp.float32)
         if "scales" in features:  # powers of two, by which both paths divide alike
             options |= {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(4.0)}
-        then = jnp.zeros((heads * head_dim, 4096), jnp.bfloat16) if size == "few decodes" else None
+        then = jnp.zeros((heads * head_dim, 16384), jnp.bfloat16) if size == "few decodes" else None
         run = jax.jit(functools.partial(gpu.ragged_paged_attention, then=then, **options))
         truth = jax.jit(functools.partial(reference.ragged_paged_attention, **options))
         batches = []
