@@ -179,7 +179,9 @@ def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, decodes_only):
     assert ("ragged_paged_prefill" in text) != decodes_only
 
 
-@pytest.mark.parametrize("tokens,width,prefetched", [(8, 8192, True), (16, 8192, False), (8, 8200, False), (8, 7936, False)])
+@pytest.mark.parametrize(
+    "tokens,width,prefetched", [(8, 8192, True), (16, 8192, False), (8, 8200, False), (8, 7936, False)]
+)
 def test_few_rows_prefetch_the_next_weight(tokens, width, prefetched):
     args = make_case(0, [(1, 70)], heads=8, kv_heads=2, head_dim=128, page_size=64, tokens=tokens, decodes_only=True)
     then = jnp.zeros((1024, width), jnp.bfloat16)
