@@ -13,25 +13,36 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams, StructuredOutputsParams
+from jaxllm.engine import build
 from jaxllm.engine.executables import Pool, Sample, WriteMasks
 from jaxllm.engine.sampling import VARIANTS
 from jaxllm.errors import ConfigError
+from sharding import TENSOR
 from tests.engine import tiny
 
 HEADS = {
     "eight": dict(num_attention_heads=8, num_key_value_heads=2),
     "nine": dict(num_attention_heads=9, num_key_value_heads=3),  # SmolLM2's
 }
-SMALL = dict(max_num_seqs=8, max_num_batched_tokens=8, token_rungs=(4, 8))  # prompts go in chunks
+CHUNKS = dict(max_num_batched_tokens=8, token_rungs=(4, 8))  # of prompts
+SMALL = CHUNKS | dict(max_num_seqs=8)
 # Model, heads, tensor shards, ranks, whether the cache is so small that requests are preempted, further options.
 Case = tuple[str, str, int, int, bool, dict]
 QUICK: dict[str, Case] = {
     "tensor 4 x data 2, chunks": ("llama", "eight", 4, 2, False, SMALL),
     "tensor 3 of nine heads, preemption": ("llama", "nine", 3, 1, True, SMALL | dict(decode_rungs=(8,))),
 }
+# The other meshes, on tokens alone: prompts in chunks of 8 tokens, and then from the cache, or a cache for few.
+TOKENS = dict(max_num_seqs=8, max_num_batched_tokens=8, token_rungs=(8,))
+LEAN: dict[str, Case] = {
+    f"tensor {tensor} x data {data}": ("llama", "eight", tensor, data, is_tight, TOKENS)
+    for tensor, data, is_tight in ((2, 1, True), (4, 1, False), (8, 1, False), (2, 2, False), (2, 4, False))
+}
+DEALT_OUT = "tensor 4, the residual stream dealt out"  # as over GPUs that reach each other's memory
+LEAN[DEALT_OUT] = LEAN["tensor 4 x data 1"]
 SLOW: dict[str, Case] = {
     f"{kind}, {heads}, tensor {tensor} x data {data}": (kind, heads, tensor, data, is_tight, options)
-    for kind, is_tight, options in (("llama", True, {}), ("mistral", False, SMALL), ("gemma2", False, {}))
+    for kind, is_tight, options in (("llama", True, {}), ("mistral", False, CHUNKS), ("gemma2", False, {}))
     for heads, tensor, data in (
         ("eight", 2, 1),
         ("eight", 4, 1),
@@ -43,6 +54,9 @@ SLOW: dict[str, Case] = {
         ("nine", 3, 2),
     )
 }
+
+
+CASES = QUICK | LEAN | SLOW
 
 
 def directory_of(root: Path, case: Case) -> Path:
@@ -90,14 +104,28 @@ def outcome(llm: LLM, case: Case) -> dict:
     }
 
 
+def tokens(llm: LLM, case: Case) -> dict:
+    """Greedy and seeded tokens, twice, and what the cache did."""
+    prompts = tiny.prompts(12, 5, longest=8 if case[4] else 40)
+    length = 60 if case[4] else 12
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=length, ignore_eos=True) for i in range(12)]
+    rounds = [llm.generate(prompts, params) for _ in range(2)]
+    return {
+        "tokens": [[output.outputs[0].token_ids for output in outputs] for outputs in rounds],
+        "hits": sum(output.num_cached_tokens for output in rounds[1]),
+        "preemptions": llm.stats()["preemptions"],
+    }
+
+
 COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\(")
 
 
-def collectives(llm: LLM) -> dict[str, dict[str, int]]:
+def collectives(llm: LLM, *, of_samplers: bool = True) -> dict[str, dict[str, int]]:
     """How many arrays each kind moves in the optimized HLO of what has been compiled (XLA joins independent ones), and
     of a sampler of each variant."""
     executables = llm._client._core.runner.executables  # type: ignore[attr-defined]
-    executables.prepare([*(Sample(1, variant) for variant in VARIANTS), WriteMasks(1), Pool()])
+    if of_samplers:
+        executables.prepare([*(Sample(1, variant) for variant in VARIANTS), WriteMasks(1), Pool()])
     futures = executables._futures
     found: dict[str, dict[str, int]] = {}
     for key, future in futures.items():
@@ -113,15 +141,21 @@ def main(root: Path, names: list[str]) -> None:
 
     jax.config.update("jax_num_cpu_devices", 8)
     for name in names:
-        case = (QUICK | SLOW)[name]
+        case = CASES[name]
+        if name == DEALT_OUT:
+            build.stream_axis = lambda mesh, backend: TENSOR
         with open_case(root, case, shards=True) as llm:
-            print(json.dumps({"outcome": outcome(llm, case), "collectives": collectives(llm)}), flush=True)
+            made = tokens(llm, case) if name in LEAN else outcome(llm, case)
+            found = {} if name in LEAN else collectives(llm)
+            if name == DEALT_OUT:
+                found = collectives(llm, of_samplers=False)
+            print(json.dumps({"outcome": made, "collectives": found}), flush=True)
 
 
 def found_by(root: Path, here: Path, names: list[str]) -> list[dict]:
     """What the cases give on eight devices."""
     for name in names:
-        directory_of(root, (QUICK | SLOW)[name])
+        directory_of(root, CASES[name])
     paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "tests.engine.test_tensor_parallel", str(root), *names]
@@ -133,7 +167,19 @@ def found_by(root: Path, here: Path, names: list[str]) -> list[dict]:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory, root) -> tuple[Path, dict[str, dict]]:
     directory = tmp_path_factory.mktemp("models")
-    return directory, dict(zip(QUICK, found_by(directory, root, list(QUICK)), strict=True))
+    names = [*QUICK, *LEAN]
+    return directory, dict(zip(names, found_by(directory, root, names), strict=True))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(quick) -> dict[bool, dict]:
+    """Of a large cache and a tight one."""
+    cases = {case[4]: case for case in LEAN.values()}
+    expected = {}
+    for is_tight, case in cases.items():
+        with open_case(quick[0], case, shards=False) as llm:
+            expected[is_tight] = tokens(llm, case)
+    return expected
 
 
 def assert_as_on_one_device(root: Path, case: Case, found: dict) -> None:
@@ -156,6 +202,22 @@ def assert_as_on_one_device(root: Path, case: Case, found: dict) -> None:
 def test_the_tokens_of_one_device(name, quick):
     root, found = quick
     assert_as_on_one_device(root, QUICK[name], found[name])
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_the_tokens_of_one_device_on_every_mesh(name, quick, on_one_device):
+    found, is_tight = quick[1][name]["outcome"], LEAN[name][4]
+    expected = on_one_device[is_tight]
+    assert found["tokens"] == expected["tokens"] and expected["tokens"][0] == expected["tokens"][1]
+    assert found["hits"] > 0 and expected["hits"] > 0
+    assert not is_tight or min(found["preemptions"], expected["preemptions"]) > 0
+
+
+def test_collectives_where_the_stream_is_dealt_out(quick):
+    """The reference's sum and gather, where the kernel of GPUs has its own copies; three sums of chosen rows."""
+    found = quick[1][DEALT_OUT]["collectives"]
+    (forward,) = (counts for key, counts in found.items() if key.startswith("Forward"))
+    assert forward == {"all-reduce": 2 * tiny.LAYERS + 1, "all-gather": 2 * tiny.LAYERS}, found
 
 
 @pytest.mark.slow
