@@ -4,9 +4,8 @@ import functools
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 
 from jaxllm.engine import platform
 from jaxllm.engine.executable_store import ExecutableStore
+from jaxllm.engine.workers import Workers
 from jaxllm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -67,14 +67,12 @@ class Executables:
         store: tuple[ExecutableStore, Sequence[jax.Device]] | None = None,
     ):
         self._lower, self._store = lower, store
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+        self._workers = Workers(num_threads)
         self._futures: dict[Key, Future] = {}
         self._lock = threading.Lock()
         self._sealed = False
         self.num_late = self.num_restored = self.num_waiting = 0
         self.seconds: dict[Key, float] = {}
-        _open.add(self)
-        _close_all_at_exit()
 
     def _compile(self, key: Key) -> Any:
         begin = time.perf_counter()
@@ -101,7 +99,7 @@ class Executables:
         with self._lock:
             for key in keys:
                 if key not in self._futures:
-                    self._futures[key] = self._pool.submit(self._compile, key)
+                    self._futures[key] = self._workers.submit(functools.partial(self._compile, key))
 
     def ready(self, key: Key) -> bool:
         """Whether `get` would return at once."""
@@ -146,19 +144,4 @@ class Executables:
 
     def close(self) -> None:
         """Drops what has not started; compilations under way end by themselves."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-_open: "weakref.WeakSet[Executables]" = weakref.WeakSet()
-
-
-@functools.cache
-def _close_all_at_exit() -> None:
-    """A program that ends does not wait for what is still queued. One thread waits for that, once it is asked for."""
-
-    def wait() -> None:
-        threading.main_thread().join()
-        for executables in list(_open):
-            executables.close()
-
-    threading.Thread(target=wait, daemon=True).start()
+        self._workers.close()
