@@ -209,15 +209,15 @@ def test_the_tokens_of_one_device_on_every_mesh(name, quick, on_one_device):
     found, is_tight = quick[1][name]["outcome"], LEAN[name][4]
     expected = on_one_device[is_tight]
     assert found["tokens"] == expected["tokens"] and expected["tokens"][0] == expected["tokens"][1]
-    assert found["hits"] > 0 and expected["hits"] > 0
-    assert not is_tight or min(found["preemptions"], expected["preemptions"]) > 0
+    counted = "preemptions" if is_tight else "hits"
+    assert min(found[counted], expected[counted]) > 0
 
 
 def test_collectives_where_the_stream_is_dealt_out(quick):
-    """The reference's sum and gather, where the kernel of GPUs has its own copies; three sums of chosen rows."""
+    """A sum and a gather before every norm, in the place of which a GPU has one kernel."""
     found = quick[1][DEALT_OUT]["collectives"]
     (forward,) = (counts for key, counts in found.items() if key.startswith("Forward"))
-    assert forward == {"all-reduce": 2 * tiny.LAYERS + 1, "all-gather": 2 * tiny.LAYERS}, found
+    assert forward == {"all-reduce": 1 + 2 * tiny.LAYERS, "all-gather": 1 + 2 * tiny.LAYERS}
 
 
 @pytest.mark.slow
