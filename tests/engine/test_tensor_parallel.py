@@ -24,8 +24,8 @@ HEADS = {
     "eight": dict(num_attention_heads=8, num_key_value_heads=2),
     "nine": dict(num_attention_heads=9, num_key_value_heads=3),  # SmolLM2's
 }
-CHUNKS = dict(max_num_batched_tokens=8, token_rungs=(4, 8))  # of prompts
-SMALL = CHUNKS | dict(max_num_seqs=8)
+SMALL = dict(max_num_seqs=8, max_num_batched_tokens=8, token_rungs=(4, 8))  # prompts go in chunks
+WINDOWED = dict(max_num_batched_tokens=32, token_rungs=(4, 32))  # here too; slots enough for a cache of all windows
 # Model, heads, tensor shards, ranks, whether the cache is so small that requests are preempted, further options.
 Case = tuple[str, str, int, int, bool, dict]
 QUICK: dict[str, Case] = {
@@ -42,7 +42,7 @@ DEALT_OUT = "tensor 4, the residual stream dealt out"  # as over GPUs that reach
 LEAN[DEALT_OUT] = LEAN["tensor 4 x data 1"]
 SLOW: dict[str, Case] = {
     f"{kind}, {heads}, tensor {tensor} x data {data}": (kind, heads, tensor, data, is_tight, options)
-    for kind, is_tight, options in (("llama", True, {}), ("mistral", False, CHUNKS), ("gemma2", False, {}))
+    for kind, is_tight, options in (("llama", True, {}), ("mistral", False, WINDOWED), ("gemma2", False, {}))
     for heads, tensor, data in (
         ("eight", 2, 1),
         ("eight", 4, 1),
