@@ -49,6 +49,9 @@ class EngineConfig:
     max_waiting_tokens: int | None = _option(None, "refuse requests beyond so many waiting prompt tokens")
     tensor_parallel_size: int = _option(1, "devices that share each layer's heads and MLP, and the vocabulary")
     data_parallel_size: int = _option(1, "ranks that each hold the weights, a cache and a batch of their own")
+    disable_custom_all_reduce: bool = _option(
+        False, "leave sums over tensor-parallel GPUs to NCCL; for GPUs that cannot reach each other's memory"
+    )
     seed: int = _option(0, "seeds the requests that bring none")
     attention_backend: Literal["reference", "xla", "gpu", "tpu"] | None = _option(None, "None: the best for the device")
     engine_process: bool = _option(False, "run the engine core in a process of its own")
@@ -104,7 +107,7 @@ class EngineConfig:
         share = self.memory_utilization
         number = isinstance(share, int | float) and not isinstance(share, bool)
         need(number and 0 < share <= 1, "memory_utilization", "must be a number in (0, 1]")
-        for field in ("enable_prefix_caching", "engine_process", "warm_up"):
+        for field in ("enable_prefix_caching", "disable_custom_all_reduce", "engine_process", "warm_up"):
             need(isinstance(getattr(self, field), bool), field, "must be True or False")
         need(self.load_format in ("auto", "orbax", "dummy"), "load_format", "must be 'auto', 'orbax' or 'dummy'")
         need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "must be 'auto', 'float32' or 'bfloat16'")

@@ -96,11 +96,11 @@ def _mesh(config: EngineConfig, group: Group | None) -> Mesh:
     return make_mesh(data=config.data_parallel_size, tensor=config.tensor_parallel_size)
 
 
-def stream_axis(mesh: Mesh, backend: str) -> str | None:
+def stream_axis(mesh: Mesh, backend: str, config: EngineConfig) -> str | None:
     """The axis over whose shards the residual stream may be dealt out: kernels sum over the GPUs of one process, which
     reach each other's memory. Only meshes that are all one axis have been run."""
-    shards = mesh.shape[TENSOR]
-    return TENSOR if backend == "gpu" and 1 < shards == mesh.size and not spans_processes(mesh) else None
+    kernels = backend == "gpu" and not config.disable_custom_all_reduce
+    return TENSOR if kernels and 1 < mesh.shape[TENSOR] == mesh.size and not spans_processes(mesh) else None
 
 
 def build_core(
@@ -169,7 +169,7 @@ def _build(
         jax.tree.structure(model),
         model.config.vocab_size,
         model.config.tensor_shards,
-        stream_axis(mesh, plan.backend),
+        stream_axis(mesh, plan.backend, config),
     )
     threads = max(2, min(8, (os.cpu_count() or 2) // 2))
     others = lowering_processes(plan, threads)

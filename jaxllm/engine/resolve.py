@@ -97,6 +97,29 @@ def resolve_backend(config: EngineConfig) -> str:
     return "xla"
 
 
+def _backend_for(config: EngineConfig, model: CausalLM, dtype) -> str:
+    """`resolve_backend`, or plain XLA for a model that the Hopper kernels lack, said in the log.
+
+    Raises:
+      ConfigError: they were asked for.
+    """
+    backend = resolve_backend(config)
+    if backend != "gpu":
+        return backend
+    from pallas_kernels.ragged_paged_attention import gpu  # Pallas takes time to import
+
+    heads = model.config.num_attention_heads // model.config.tensor_shards
+    for layer in model.layer_caches():
+        spec = CacheSpec(1, config.page_size, layer.num_kv_heads, layer.head_dim, dtype)
+        if (lacking := gpu.lacks(spec, heads)) is None:
+            continue
+        if config.attention_backend is not None:
+            raise ConfigError(f"attention_backend='gpu': {lacking}, is not supported; 'xla' takes it")
+        logger.warning("%s: attention runs through plain XLA, the kernels for Hopper do not take that", lacking)
+        return "xla"
+    return backend
+
+
 def decode_rungs(config: EngineConfig, max_num_seqs: int, on_cpu: bool) -> tuple[int, ...]:
     """Sizes of steps in which every row has one token: what running requests need while no prompt is computed.
 
@@ -120,7 +143,8 @@ def plan_engine(config: EngineConfig, model: CausalLM, least: Callable[[int], in
       OutOfMemoryError: the weights and the cache do not fit, or the cache is too small to be useful.
     """
     on_cpu = jax.default_backend() == "cpu"
-    dtype, backend = resolve_dtype(config), resolve_backend(config)
+    dtype = resolve_dtype(config)
+    backend = _backend_for(config, model, dtype)
     limit = model.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
@@ -177,9 +201,13 @@ def _cache_groups(
 ) -> tuple[CacheGroup, ...]:
     """See `jaxllm.core.memory.cache_groups`."""
     windows: dict[int, int | None] = {layer.group: layer.window for layer in layers}
+    try:
+        page_bytes = {group: _page_bytes(layers, group, config.page_size, dtype, backend) for group in windows}
+    except ValueError as error:
+        raise ConfigError(f"page_size={config.page_size}, attention_backend={backend!r}: {error}") from error
     return memory.cache_groups(
         windows,
-        {group: _page_bytes(layers, group, config.page_size, dtype, backend) for group in windows},
+        page_bytes,
         cache_bytes,
         page_size=config.page_size,
         max_num_seqs=max_num_seqs,

@@ -40,6 +40,17 @@ def tuned_prefill(head_dim: int, group: int, num_tokens: int) -> gpu_prefill.Pre
     return gpu_prefill.PrefillConfig(**_table()["prefill"][str(head_dim)], pack=pack)
 
 
+def lacks(spec: CacheSpec, num_heads: int) -> str | None:
+    """What keeps the kernels from these layers of a model, whatever the options; None: nothing."""
+    if jnp.dtype(spec.dtype) != jnp.bfloat16:
+        return f"a cache of {jnp.dtype(spec.dtype).name}, not bfloat16"
+    if spec.head_dim > HEAD_DIMS[-1]:
+        return f"head_dim {spec.head_dim}, above {HEAD_DIMS[-1]}"
+    if (group := num_heads // spec.num_kv_heads) > MAX_GROUP:
+        return f"{group} query heads a key-value head, above {MAX_GROUP}"
+    return None
+
+
 def cache_shape(spec: CacheSpec) -> jax.ShapeDtypeStruct:
     """[num_pages, 2 (key, value), num_kv_heads, page_size, head_dim padded to 64, 128 or 256].
 

@@ -3,21 +3,25 @@ names and no others."""
 
 import collections
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams, StructuredOutputsParams
+from jaxllm.config import EngineConfig
 from jaxllm.engine import build
 from jaxllm.engine.executables import Pool, Sample, WriteMasks
 from jaxllm.engine.sampling import VARIANTS
 from jaxllm.errors import ConfigError
-from sharding import TENSOR
+from sharding import DATA, EXPERT, TENSOR
 from tests.engine import tiny
 
 HEADS = {
@@ -143,7 +147,7 @@ def main(root: Path, names: list[str]) -> None:
     for name in names:
         case = CASES[name]
         if name == DEALT_OUT:
-            build.stream_axis = lambda mesh, backend: TENSOR
+            build.stream_axis = lambda mesh, backend, config: TENSOR
         with open_case(root, case, shards=True) as llm:
             made = tokens(llm, case) if name in LEAN else outcome(llm, case)
             found = {} if name in LEAN else collectives(llm)
@@ -257,6 +261,26 @@ def test_no_collectives_but_those_that_are_named(name, quick):
         assert counts == expected_collectives(key, QUICK[name][3]), key
     kinds = collections.Counter(key.split("(")[0] for key in found)
     assert kinds["Forward"] >= 2 and kinds["Sample"] >= 4 and kinds["Wide"] >= 1 and kinds["Upload"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("axis", "sizes", "processes", "backend", "options"),
+    [
+        (TENSOR, (1, 1, 4), 1, "gpu", {}),
+        (None, (1, 1, 4), 1, "gpu", dict(disable_custom_all_reduce=True)),
+        (None, (1, 1, 4), 2, "gpu", {}),
+        (None, (2, 1, 2), 1, "gpu", {}),
+        (None, (1, 1, 1), 1, "gpu", {}),
+        (None, (1, 1, 4), 1, "tpu", {}),
+    ],
+)
+def test_where_the_stream_may_be_dealt_out(axis, sizes, processes, backend, options):
+    """Over the GPUs of one process, if nobody forbids it."""
+    devices = np.array([SimpleNamespace(process_index=i % processes) for i in range(math.prod(sizes))])
+    mesh: Any = SimpleNamespace(
+        shape=dict(zip((DATA, EXPERT, TENSOR), sizes, strict=True)), size=devices.size, devices=devices
+    )
+    assert build.stream_axis(mesh, backend, EngineConfig(**options)) == axis
 
 
 def test_more_shards_than_devices_are_refused(checkpoint):

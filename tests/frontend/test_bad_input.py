@@ -220,6 +220,7 @@ def test_too_many_waiting(checkpoint):
         ({"seed": 2**64}, "seed=18446744073709551616: must be in"),
         ({"warm_up": "no"}, "warm_up='no': must be True or False"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be True or False"),
+        ({"disable_custom_all_reduce": 0}, "disable_custom_all_reduce=0: must be True or False"),
         ({"engine_process": None}, "engine_process=None: must be True or False"),
         ({"revision": 5}, "revision=5: must be text"),
         ({"compilation_cache_dir": 5}, "compilation_cache_dir=5: must be a path"),
