@@ -97,9 +97,9 @@ def summand(x: jax.Array, weight: Linear, metadata: StepMetadata) -> jax.Array:
     out, a shard's part."""
     if metadata.stream_axis is not None:
         y = jnp.dot(x, weight.kernel[...])
-        return (
-            y if weight.bias is None else y + jnp.where(shard_start(1, metadata.stream_axis) == 0, weight.bias[...], 0)
-        )
+        if weight.bias is None:
+            return y
+        return y + jnp.where(shard_start(1, metadata.stream_axis) == 0, weight.bias[...], 0)  # once in the sum
     if weight.bias is None and weight.sums_over is None:
         return norms.product(x, weight.kernel[...], metadata.backend)
     return linear(x, weight, metadata.linear)
