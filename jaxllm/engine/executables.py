@@ -297,11 +297,7 @@ def smallest_decode(plan: EnginePlan) -> Forward:
 
 
 def warm_up_order(plan: EnginePlan) -> list[Any]:
-    """Everything that serving may meet but `Wide`, most needed first.
-
-    Of steps the largest come first, since they serve in the place of those that are not ready; but not on a CPU, where
-    the largest of a small model takes two cores half a minute, for which a program that has ended would wait.
-    """
+    """Everything that serving may meet but `Wide`, most needed first."""
     rungs = plan.scheduler.token_rungs
     rows = row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)
     keys: list[Any] = [Stage(), smallest_decode(plan)]
@@ -309,8 +305,7 @@ def warm_up_order(plan: EnginePlan) -> list[Any]:
     keys += [Sample(rows[0], variant) for variant in free]  # small, and all that single requests need
     finer = [rung for rung in rungs[:-1] if rung & (rung - 1)]  # between powers of two: they only save padding
     steps = [Forward(rung) for rung in rungs if rung not in finer] + [Forward(rung, True) for rung in plan.decode_rungs]
-    order = 1 if jax.default_backend() == "cpu" else -1
-    keys += sorted(steps, key=lambda step: (order * step.num_tokens, step.decodes_only))
+    keys += sorted(steps, key=lambda step: (-step.num_tokens, step.decodes_only))
     keys += [Sample(count, variant) for variant in free for count in reversed(rows)]
     keys += [Forward(rung) for rung in finer]
     keys += [MakeTables(), Upload("history"), *(Upload(table) for table in SAMPLER_TABLES), UpdatePages(), Pool()]
