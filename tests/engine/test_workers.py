@@ -47,12 +47,13 @@ def test_threads_end_with_their_owner():
 
 
 PROGRAM = """
+import os
 import time
 from jaxllm.engine.workers import Workers
 workers = Workers(2)
 def work(name, seconds):
     time.sleep(seconds)
-    print(name, flush=True)
+    os.write(1, name.encode() + b"\\n")  # at once: print writes a line's end by itself, and both threads write
 for i in range(2):
     workers.submit(lambda: work("begun", 1))
 for i in range(50):
