@@ -21,6 +21,7 @@ Rows = list[tuple[int, int]]  # (query tokens, keys)
 MAX_LAYERS, CACHES_BYTES = 32, 20_000_000_000  # as many layers as these bytes hold, on an accelerator
 CPU_LAYERS = 2
 KERNELS = "ragged_paged_decode", "ragged_paged_merge", "ragged_paged_prefill"  # on GPUs; decodes write themselves
+WRITE = "ragged_paged_write"  # new keys and values of steps that are not decodes only
 CACHE_TOKENS = 64 * 2048 + 16384  # of one layer's cache on an accelerator: the largest batch and some
 
 
@@ -37,6 +38,7 @@ class AttentionResult:
       bandwidth: bytes of keys and values read over the kernels' seconds, or over all where there are none; `flops` of
         the two products likewise.
       share: of this device's measured ceiling, bandwidth for decodes and FLOPs for prefills.
+      write_seconds: of the kernel that writes new keys and values, where one of its own does; None likewise.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class AttentionResult:
     bandwidth: float
     flops: float
     share: float | None
+    write_seconds: float | None = None
 
 
 def batches(on_cpu: bool) -> dict[tuple[str, str], Rows]:
@@ -130,13 +133,14 @@ def measure_attention(
                 out, caches = run(q, k, v, caches, metadata)
             jax.block_until_ready(out)
             times.append((time.perf_counter() - begin) / 4 / len(caches))
-        seconds, kernel_seconds = min(times), None
+        seconds, kernel_seconds, write_seconds = min(times), None, None
         if backend == "gpu":
             with recording() as events:
                 out, caches = run(q, k, v, caches, metadata)
                 jax.block_until_ready(out)
-            kernel_seconds = (
-                sum(end - start for name, start, end in events if name.startswith(KERNELS)) * 1e-9 / len(caches)
+            kernel_seconds, write_seconds = (
+                sum(end - start for name, start, end in events if name.startswith(names)) * 1e-9 / len(caches)
+                for names in (KERNELS, WRITE)
             )
         pairs = sum(queries * keys - queries * (queries - 1) // 2 for queries, keys in rows)
         size = 2 * kv_heads * head_dim * jnp.dtype(dtype).itemsize * sum(keys for _, keys in rows)
@@ -145,4 +149,6 @@ def measure_attention(
         share = None
         if ceilings is not None:
             share = bandwidth / ceilings.bandwidth if kind == "decode" else flops / ceilings.flops
-        yield AttentionResult(kind, name, backend, page_size, seconds, kernel_seconds, bandwidth, flops, share)
+        yield AttentionResult(
+            kind, name, backend, page_size, seconds, kernel_seconds, bandwidth, flops, share, write_seconds
+        )

@@ -35,6 +35,8 @@ class BusyResult:
       busy_share_untraced: busy_seconds / seconds: the profiler slows the host, hardly the kernels. None on a CPU, where
         it slows both.
       padded_share: share of the steps' tokens that was padding.
+      host_seconds: of the engine's loop a step in the run without the profiler, JAX's calls that launch it included,
+        waiting for the device left out; None in results of before it was counted.
       kernels: those that took longest.
     """
 
@@ -48,13 +50,14 @@ class BusyResult:
     busy_share_untraced: float | None
     padded_share: float
     kernels: list[Kernel]
+    host_seconds: float | None = None
 
 
 def measure_busy(session: Session, name: str) -> BusyResult:
     """Runs a workload twice, the second time under `jax.profiler`. Raises RuntimeError if that recorded less
     than the run."""
     requests = workload(name, session.vocab_size)
-    seconds, _ = run_once(session, requests)
+    seconds, quiet = run_once(session, requests)
     with recording() as events:
         traced, figures = run_once(session, requests)
     if not events:
@@ -79,4 +82,5 @@ def measure_busy(session: Session, name: str) -> BusyResult:
         busy_share_untraced=None if jax.default_backend() == "cpu" else busy / seconds,
         padded_share=figures.padded_share,
         kernels=kernels[:TOP],
+        host_seconds=quiet.host_seconds / quiet.steps,
     )

@@ -12,7 +12,7 @@ from jaxllm.bench.facts import Facts
 from jaxllm.bench.floor import Ceilings
 from jaxllm.bench.latency import LatencyResult
 from jaxllm.bench.memory import MemoryResult
-from jaxllm.bench.parity import ParityResult
+from jaxllm.bench.parity import TOLERANCE, ParityResult
 from jaxllm.bench.serve import TIMES, RateResult
 from jaxllm.bench.start import StartResult
 from jaxllm.bench.throughput import ThroughputResult
@@ -93,14 +93,15 @@ def throughput(facts: Facts, results: Sequence[ThroughputResult]) -> list[Table]
     """Each workload beside the floor, and with what every peer reached and the ratio of speeds."""
     theirs = {r.workload: peers_of(facts, r.workload) for r in results}
     engines = sorted({engine for found in theirs.values() for engine in found}, reverse=True)
-    columns = ["all requests at once", "seconds", "output tok/s", "total tok/s"]
+    columns = ["all requests at once", "seconds", "of runs of", "output tok/s", "total tok/s"]
     for engine in engines:
         columns += [f"{engine}, output tok/s", f"jaxllm ÷ {engine}"]
     columns += ["floor, s", "of the floor's speed", "padding"]
     rows: list[list[str]] = []
     ratios: dict[str, list[float]] = {engine: [] for engine in engines}
     for r in results:
-        row = [r.workload, fixed(r.seconds, 3), speed(r.output_tok_s), speed(r.total_tok_s)]
+        runs = ", ".join(fixed(each, 3) for each in r.all_seconds)
+        row = [r.workload, fixed(r.seconds, 3), runs, speed(r.output_tok_s), speed(r.total_tok_s)]
         for engine in engines:
             figure = theirs[r.workload].get(engine)
             if figure is None:
@@ -135,24 +136,23 @@ def serve(facts: Facts, results: Sequence[RateResult]) -> list[Table]:
     names = [name.upper().replace("_P", " p") for name in _COMPARED]
     compared = Table(
         "Online: Poisson arrivals, milliseconds",
-        ["requests/s", "engine", *names, "output tok/s", "requests/s done"],
+        ["requests/s", "engine", *names, "output tok/s", "requests/s done", "runs"],
         [],
     )
     engines = set()
     for r in results:
         ours = [getattr(getattr(r.median, name[:-4]), name[-3:]) * 1e3 for name in _COMPARED]
-        rate = [speed(r.median.output_tok_s), fixed(r.median.request_s, 2)]
+        rate = [speed(r.median.output_tok_s), fixed(r.median.request_s, 2), count(len(r.runs))]
         compared.rows.append([f"{r.rate:g}", "jaxllm", *(fixed(value, 2) for value in ours), *rate])
         for engine, figure in peers_of(facts, "poisson_arrivals", r.rate).items():
             engines.add(engine)
             theirs = [figure.get(f"{name}_ms") for name in _COMPARED]
             pairs = zip(ours, theirs, strict=True)
             cells = [f"{value:.2f} ({mine / value:.2f}×)" if value else "" for mine, value in pairs]
-            compared.rows.append(["", engine, *cells, speed(figure["output_tok_s"]), ""])
+            compared.rows.append(["", engine, *cells, speed(figure["output_tok_s"]), "", ""])
     if engines:
         compared.notes.append("In brackets: jaxllm's time over theirs.")
-    runs = max((len(r.runs) for r in results), default=1)
-    compared.notes.append(f"jaxllm: medians of {runs} runs." if runs > 1 else "jaxllm: one run at each rate.")
+    compared.notes.append("jaxllm: medians of its runs.")
     compared.notes += sources(sorted(engines))
     columns = ["requests/s", "", "mean", "p50", "p90", "p99"]
     every = Table("Online: every time, milliseconds", columns, [])
@@ -219,9 +219,11 @@ def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
         "batch",
         "µs",
         "of them in kernels",
+        "in that of the write",
         "GB/s of keys and values",
         "TFLOP/s",
         "of ceiling",
+        "by the clock",
     ]
     rows = [
         [
@@ -229,15 +231,27 @@ def attention(facts: Facts, results: Sequence[AttentionResult]) -> list[Table]:
             r.batch,
             fixed(r.seconds, 1, 1e6),
             fixed(r.kernel_seconds, 1, 1e6),
+            fixed(r.write_seconds or None, 1, 1e6),
             figures(r.bandwidth * 1e-9) if r.kind == "decode" else "",
             figures(r.flops * 1e-12) if r.kind == "prefill" else "",
             share(r.share),
+            figures(_by_the_clock(r)),
         ]
         for r in results
     ]
     kinds = {f"backend {r.backend!r}, pages of {r.page_size}" for r in results}
-    note = f"{'; '.join(sorted(kinds))}. Rates are those of the kernels where there are some, else of all."
+    note = (
+        f"{'; '.join(sorted(kinds))}. Rates are those of the attention kernels where there are some, which for decodes "
+        "write, too; by the clock, GB/s for decodes and TFLOP/s for prefills, they are of all that a layer's call "
+        "takes: the write, what joins queries, keys and values, and pauses."
+    )
     return [Table("Attention", columns, rows, [note])]
+
+
+def _by_the_clock(r: AttentionResult) -> float:
+    """GB/s or TFLOP/s."""
+    rate = r.bandwidth * 1e-9 if r.kind == "decode" else r.flops * 1e-12
+    return rate * (r.kernel_seconds or r.seconds) / r.seconds
 
 
 def memory(facts: Facts, results: Sequence[MemoryResult]) -> list[Table]:
@@ -258,14 +272,17 @@ def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
     """How far the kernel's logprobs and choices are from the reference's."""
     columns = ["backend", "beside", "greedy tokens", "not its best", "worst gap", "answers parted", "worst gap there"]
     columns += ["worst error", "mean error"]
-    columns += ["tolerance", "", "reference beside float32: worst", "mean", "backend beside float32: mean"]
+    columns += ["within 2%", "tolerance", "", "reference beside float32: worst", "mean", "backend beside float32: mean"]
     rows = []
     for r in results:
         counts = count(r.num_tokens), count(r.num_other)
         parted = f"{r.num_parted} of {r.num_answers}", f"{100 * r.worst_parting:.2f}%"
-        found = r.worst_error, r.mean_error, r.tolerance
+        found = r.worst_error, r.mean_error
         rows.append([r.backend, r.reference, *counts, f"{100 * r.worst_gap:.2f}%", *parted])
         rows[-1] += [f"{100 * each:.2f}%" for each in found]
+        strict = ("errors", r.worst_error), ("partings", r.worst_parting)
+        within = [name for name, worst in strict if worst <= TOLERANCE]
+        rows[-1] += [" and ".join(within) or "neither", f"{100 * r.tolerance:.2f}%"]
         rows[-1].append("agree" if r.agrees else "DIFFER")
         beside = r.rounding_worst, r.rounding_mean, r.backend_mean
         rows[-1] += ["" if each is None else f"{100 * each:.2f}%" for each in beside]
@@ -290,6 +307,7 @@ def busy(facts: Facts, results: Sequence[BusyResult]) -> list[Table]:
         "of seconds",
         "padding",
         "steps",
+        "host's work a step, ms",
     ]
     rows = [
         [
@@ -301,12 +319,14 @@ def busy(facts: Facts, results: Sequence[BusyResult]) -> list[Table]:
             share(r.busy_share_untraced),
             share(r.padded_share),
             count(r.steps),
+            fixed(r.host_seconds, 3, 1e3),
         ]
         for r in results
     ]
     notes = [
         "Busy is the time in which at least one kernel or copy ran in the run under the profiler: its share of that "
-        "run's seconds, and of those of the run before it without the profiler, which slows the host more than kernels."
+        "run's seconds, and of those of the run before it without the profiler, which slows the host more than "
+        "kernels. The host's work is that of the run without it, launches included, waiting for the device left out."
     ]
     tables = [Table("Busy device", columns, rows, notes)]
     for r in results:

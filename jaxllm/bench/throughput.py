@@ -45,13 +45,15 @@ class ThroughputResult:
 
 @dataclasses.dataclass
 class Figures:
-    """By how much the engine's counters grew over a run, as in `ThroughputResult`."""
+    """By how much the engine's counters grew over a run, as in `ThroughputResult`; `host_seconds`: what the engine's
+    loop worked itself, launches included."""
 
     steps: int
     padded_share: float
     late_compilations: int
     preemptions: int
     prefix_hit_tokens: int
+    host_seconds: float
 
 
 def workload(name: str, vocab_size: int, num_requests: int | None = None) -> Workload:
@@ -153,4 +155,5 @@ def run_once(session: Session, requests: Workload) -> tuple[float, Figures]:
         late_compilations=grown["late_compilations"],
         preemptions=grown["preemptions"],
         prefix_hit_tokens=grown["prefix_hit_tokens"],
+        host_seconds=grown["host_seconds"],
     )

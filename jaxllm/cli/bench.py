@@ -61,6 +61,8 @@ class Arrivals:
     ] = None
 
 
+Page = Annotated[Path | None, typer.Option(help="write the measured part of this page, between its marks")]
+Plots = Annotated[Path | None, typer.Option(help="draw SVG files into this directory; the page shows them")]
 BENCH_ENGINE = ("model", "warm_up")  # --compile-first says what --warm-up would
 
 
@@ -292,11 +294,14 @@ def every(
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="runs of each workload; the fastest counts")] = 2,
     serve_runs: Annotated[int, typer.Option(min=1, help="runs at each rate; medians are shown")] = 3,
+    page: Page = None,
+    plots: Plots = None,
     options: Measured,
     arrivals: Arrivals,
     engine: dict,
 ) -> None:
-    """Every part of a report over one engine, warmed up once: each result is written as soon as it is there.
+    """Every part of a report over one engine, warmed up once: each result is written as soon as it is there. With
+    --page the report of all results in --output follows.
 
     Online requests arrive at 4, 12, 20 and 28 a second, 256 each time: for a CPU choose less (--rate, --num-requests).
     """
@@ -304,6 +309,7 @@ def every(
     from jaxllm.bench.suite import PARTS, Suite, run_suite
     from jaxllm.cli.start import shows_progress
 
+    _check_page(page, plots)
     parts = [part for text in only or [] for part in text.split(",")]
     suite = Suite(
         model=options.model,
@@ -323,6 +329,8 @@ def every(
         lambda line: console.print(line, style="dim", highlight=False, markup=False),
         lambda part: report.print_part(console, part),
     )
+    if page is not None:
+        _write_page(page, plots, [output])
     if failed:
         raise typer.Exit(1)
 
@@ -333,26 +341,44 @@ def write_report(
         list[Path] | None, typer.Argument(help="directories of results, and files (default: docs/results)")
     ] = None,
     *,
-    page: Annotated[Path | None, typer.Option(help="write the measured part of this page, between its marks")] = None,
-    plots: Annotated[Path | None, typer.Option(help="draw SVG files into this directory; the page shows them")] = None,
+    page: Page = None,
+    plots: Plots = None,
 ) -> None:
     """Tables and plots of kept results; of several runs of one part the latest counts."""
     from jaxllm.bench import report
-    from jaxllm.bench.page import write
-    from jaxllm.bench.plots import check_plot
     from jaxllm.bench.results import load_all
+
+    _check_page(page, plots)
+    places = results or [Path("docs/results")]
+    if page is not None:
+        _write_page(page, plots, places)
+        return
+    console = report.console()
+    for part in load_all(places):
+        report.print_facts(console, part.facts)
+        report.print_part(console, part)
+
+
+def _check_page(page: Path | None, plots: Path | None) -> None:
+    """Raises ConfigError before any work."""
+    from jaxllm.bench.page import replace
+    from jaxllm.bench.plots import check_plot
     from jaxllm.errors import ConfigError
 
     if plots is not None:
         check_plot()
         if page is None:
             raise ConfigError("--plots needs --page")
-    parts = load_all(results or [Path("docs/results")])
     if page is not None:
-        for path in [page, *write(page, plots, parts)]:
-            print(path)
-        return
-    console = report.console()
-    for part in parts:
-        report.print_facts(console, part.facts)
-        report.print_part(console, part)
+        try:
+            replace(page.read_text(), "")
+        except OSError as error:
+            raise ConfigError(f"--page: {error}") from error
+
+
+def _write_page(page: Path, plots: Path | None, places: Sequence[Path]) -> None:
+    from jaxllm.bench.page import write
+    from jaxllm.bench.results import load_all
+
+    for path in [page, *write(page, plots, load_all(places))]:
+        print(path)

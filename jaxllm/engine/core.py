@@ -207,6 +207,7 @@ class EngineCore:
             "late_compilations": runner.executables.num_late,
             "step_seconds": self._figures.seconds.json(),
             "step_tokens": self._figures.tokens.json(),
+            "host_seconds": self._figures.host_seconds,
         }
 
     def utility_reset_prefix_cache(self) -> None:
@@ -248,6 +249,12 @@ class EngineCore:
         A step with rows under a grammar computes like any other, but samples only when the step before it has been
         read: their masks are filled while the device computes.
         """
+        begin, waited = time.perf_counter(), self.runner.seconds_waited
+        messages = self._step()
+        self._figures.host_seconds += time.perf_counter() - begin - (self.runner.seconds_waited - waited)
+        return messages
+
+    def _step(self) -> list[StepOutputs | UtilityResult]:
         self._add_compiled(idle=not (self._outbox or self._previous or self._scheduled))
         if self._search.advance():
             for scheduler in self.schedulers:

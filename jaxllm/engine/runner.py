@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -59,6 +60,9 @@ class Runner:
       shape: what the step's code needs to know.
       device: the arrays that steps run on.
       num_ranks: data-parallel ranks.
+
+    Attributes:
+      seconds_waited: for steps' outputs, in all.
     """
 
     def __init__(self, plan: EnginePlan, shape: StepShape, device: Device, num_ranks: int):
@@ -69,6 +73,7 @@ class Runner:
         self._needs = [np.zeros(plan.scheduler.max_num_seqs, np.uint8) for _ in range(self.num_ranks)]  # see _need_of
         self.row_rungs = row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)
         self.num_steps = self.num_scheduled_tokens = self.num_padded_tokens = 0
+        self.seconds_waited = 0.0
 
     @property
     def executables(self) -> Executables:
@@ -190,7 +195,9 @@ class Runner:
     def read(self, launched: Launched) -> list[StepResult]:
         """Waits for a step; each rank's results. Raises what the device raised."""
         assert launched.output is not None, "a step is read after it has sampled"
+        begin = time.perf_counter()
         output = self.device.read(launched.output)[0].reshape(self.num_ranks, launched.num_rows, -1)
+        self.seconds_waited += time.perf_counter() - begin
         results = [
             StepResult([], {}) if batch is None else read_rank(output[rank], batch)
             for rank, batch in enumerate(launched.batches)
