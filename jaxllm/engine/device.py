@@ -35,6 +35,13 @@ from sharding import place, replicated, sharded_by_rank, spans_processes
 WideLogprobs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
+def begin_read(array: jax.Array) -> None:
+    """Begins the copy to the host of what `Device.read` will be asked for. On a CPU there is nothing to copy, and JAX
+    would take the GIL once the array is there: in a program that is ending, that aborts it."""
+    if next(iter(array.sharding.device_set)).platform != "cpu":
+        array.copy_to_host_async()
+
+
 class Device:
     """The arrays of one engine on its mesh.
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxllm.core.batch import Batch
-from jaxllm.engine.device import Device
+from jaxllm.engine.device import Device, begin_read
 from jaxllm.engine.executables import POOL_ROWS
 from jaxllm.engine.results import StepResult
 
@@ -35,7 +35,7 @@ def launch_pooling(device: Device, batches: Sequence[Batch | None], num_slots: i
         index = np.zeros(POOL_ROWS, np.int32)
         index[: len(part)] = [rank * num_slots + row for rank, row in part]
         rows = device.pool(index)
-        rows.copy_to_host_async()
+        begin_read(rows)
         reads.append(PoolRead(part, rows))
     return reads
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxllm.core.batch import Batch
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.engine.compile import Executables
-from jaxllm.engine.device import Device
+from jaxllm.engine.device import Device, begin_read
 from jaxllm.engine.executables import MANY_UPDATES, Forward, Sample, WriteMasks, row_rungs, warm_up_order
 from jaxllm.engine.grammars import StepMasks
 from jaxllm.engine.layout import StepLayout
@@ -119,7 +119,7 @@ class Runner:
         key = self._sample_key(launched.num_rows, launched.need)
         launched.num_rows = key.num_rows
         launched.output = output = self.device.sample(key)
-        output.copy_to_host_async()
+        begin_read(output)
         if launched.need & _WIDE:
             sizes = WideSizes(key.num_rows, self.plan.scheduler.max_num_seqs, launched.num_tokens, self.vocab_size)
             launched.wide = launch_wide(self.device, launched.batches, output, sizes)
