@@ -1,4 +1,4 @@
-"""What every test shares: JAX on the CPU, and one compilation cache for all workers and runs."""
+"""What every test shares: JAX on the CPU, one compilation cache for all workers and runs, and quick compilations."""
 
 import contextlib
 import gc
@@ -23,6 +23,28 @@ with contextlib.suppress(ImportError):  # the environment of tests/clients has n
 
     hypothesis.settings.register_profile("jaxllm", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("jaxllm")
+
+
+# The suite waits for XLA:CPU's compiler more than for anything else. Without LLVM's optimization, and with XLA's older
+# emitters, which set up no MLIR context for each loop, it takes less than half the time.
+QUICK_COMPILATIONS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A plain run compiles quickly. What is compiled as for users: the slow tests, the README's example, and everything
+    where XLA_FLAGS is set, be it to nothing."""
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATIONS)
+
+
+@pytest.fixture
+def as_users_compile(monkeypatch) -> None:
+    """Processes that the test starts compile as those of users do."""
+    if os.environ.get("XLA_FLAGS") == QUICK_COMPILATIONS:
+        monkeypatch.delenv("XLA_FLAGS")
 
 
 # Files whose tests take long each: they run first, so that none begins when the other worker has nothing left to do,

@@ -20,7 +20,7 @@ def test_relative_links_lead_somewhere(document):
     assert not missing
 
 
-def test_the_readmes_example_runs():
+def test_the_readmes_example_runs(as_users_compile):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

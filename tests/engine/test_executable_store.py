@@ -104,9 +104,9 @@ def test_only_the_latest_plans_stay(tmp_path, monkeypatch):
 def test_the_fingerprint_follows_sources_flags_and_plan(tmp_path, monkeypatch):
     before = fingerprint("plan")
     assert before == fingerprint("plan") != fingerprint("another plan")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
-    assert fingerprint("plan") != before
-    monkeypatch.delenv("XLA_FLAGS")
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+        assert fingerprint("plan") != before
     extra = tmp_path / "extra.py"
     extra.write_text("")
     files = executable_store.source_files()

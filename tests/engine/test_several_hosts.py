@@ -55,7 +55,8 @@ class Processes:
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         options |= dict(coordinator_address=address, num_processes=count, heartbeat_timeout_seconds=SIGNS)
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": flags.strip()}
         self.all, self._said = [], []
         for process in range(count):
             reader, writer = os.pipe()
