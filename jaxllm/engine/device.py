@@ -38,7 +38,8 @@ WideLogprobs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def begin_read(array: jax.Array) -> None:
     """Begins the copy to the host of what `Device.read` will be asked for. On a CPU there is nothing to copy, and JAX
     would take the GIL once the array is there: in a program that is ending, that aborts it."""
-    if next(iter(array.sharding.device_set)).platform != "cpu":
+    device: Any = next(iter(array.sharding.device_set))
+    if device.platform != "cpu":
         array.copy_to_host_async()
 
 

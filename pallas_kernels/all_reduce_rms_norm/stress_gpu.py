@@ -10,6 +10,7 @@ them. Then microseconds a call in a chain, beside an all-reduce of XLA's with th
 import argparse
 import functools
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,22 +90,15 @@ def check(mesh, width: int, rows: int, rounds: int) -> tuple[float, bool]:
     return worst, agree
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def main() -> None:
-    """Prints a line for each size; exits with 1 if one is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=_numbers, default=[8192, 4096])
-    parser.add_argument("--rows", type=_numbers, default=[1, 2, 33, 256, 4096])
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
+def check_and_time(
+    widths: Sequence[int] = (8192, 4096), all_rows: Sequence[int] = (1, 2, 33, 256, 4096), rounds: int = 20
+) -> int:
+    """Prints a line for each size; how many were wrong."""
     mesh, wrong = jax.make_mesh((len(jax.devices()),), (TENSOR,), axis_types=(AxisType.Auto,)), 0
     sharded, alike = NamedSharding(mesh, P(TENSOR)), NamedSharding(mesh, P())
-    for width in options.widths:
-        for rows in options.rows:
-            error, agree = check(mesh, width, rows, options.rounds)
+    for width in widths:
+        for rows in all_rows:
+            error, agree = check(mesh, width, rows, rounds)
             wrong += not (agree and error < 1e-2)
             own = -(-rows // mesh.size)
             ones = functools.partial(jnp.ones, dtype=jnp.bfloat16)
@@ -121,7 +115,21 @@ def main() -> None:
             found = f"worst relative error {error:.1e}, {'the same bits' if agree else 'DIFFERENT BITS'}"
             spent = f"{times[0]:.1f} us, all-reduce and norm {times[1]:.1f}"
             print(f"[{rows}, {width}] over {mesh.size}: {found}; {spent}", flush=True)
-    raise SystemExit(1 if wrong else 0)
+    return wrong
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    """Exits with 1 if a size is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=_numbers, default=[8192, 4096])
+    parser.add_argument("--rows", type=_numbers, default=[1, 2, 33, 256, 4096])
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    raise SystemExit(1 if check_and_time(options.widths, options.rows, options.rounds) else 0)
 
 
 if __name__ == "__main__":
