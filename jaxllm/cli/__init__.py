@@ -61,6 +61,10 @@ def preload() -> None:
 
 def _import_engine() -> None:
     with contextlib.suppress(Exception):  # the command imports it again and reports what is wrong
+        from jaxllm.cli.flags import num_devices
+        from jaxllm.engine import platform
+
+        platform.configure(num_devices(sys.argv))  # JAX reads it when it is asked for devices
         import jax
 
         if not any(argument.startswith("--coordinator-address") for argument in sys.argv):
