@@ -67,8 +67,9 @@ def _import_engine() -> None:
         platform.configure(num_devices(sys.argv))  # JAX reads it when it is asked for devices
         import jax
 
-        if not any(argument.startswith("--coordinator-address") for argument in sys.argv):
-            jax.devices()  # of several processes: they have to meet before
+        # Several processes have to meet before, and where the engine gets a process of its own the devices are its.
+        if not any(word.startswith(("--coordinator-address", "--engine-process")) for word in sys.argv):
+            jax.devices()
         import jaxllm.engine.build  # noqa: F401
 
 
