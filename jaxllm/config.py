@@ -27,8 +27,10 @@ class EngineConfig:
 
     model: str = _option("smollm2", "'smollm2', a Hugging Face directory or id, or a .gguf file")
     revision: str | None = _option(None, "branch, tag or commit of a Hugging Face id")
-    load_format: Literal["auto", "orbax", "dummy"] = _option(
-        "auto", "'orbax' wants what jaxllm convert wrote; 'dummy' makes random weights from config.json alone"
+    load_format: Literal["auto", "safetensors", "orbax", "dummy"] = _option(
+        "auto",
+        "'safetensors' wants these; 'orbax' what jaxllm convert wrote; 'dummy' makes random weights from config.json "
+        "alone",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", "auto: float32 on CPU, bfloat16 elsewhere")
     max_model_len: int | None = _option(None, "most tokens of one request, prompt and output; None: the model's limit")
@@ -109,7 +111,8 @@ class EngineConfig:
         need(number and 0 < share <= 1, "memory_utilization", "must be a number in (0, 1]")
         for field in ("enable_prefix_caching", "disable_custom_all_reduce", "engine_process", "warm_up"):
             need(isinstance(getattr(self, field), bool), field, "must be True or False")
-        need(self.load_format in ("auto", "orbax", "dummy"), "load_format", "must be 'auto', 'orbax' or 'dummy'")
+        formats = ("auto", "safetensors", "orbax", "dummy")
+        need(self.load_format in formats, "load_format", "must be 'auto', 'safetensors', 'orbax' or 'dummy'")
         need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "must be 'auto', 'float32' or 'bfloat16'")
         need(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "must be 'fcfs' or 'priority'")
         backends = "must be None, 'reference', 'xla', 'gpu' or 'tpu'"
@@ -158,14 +161,46 @@ class EngineConfig:
         return Path(chosen) if chosen else Path.home() / ".cache" / "jaxllm" / "xla"
 
 
-# vLLM's names of options, which `config_from` takes too.
+# vLLM's names of options, which `config_from` and the command line take too.
 ALIASES = {
     "gpu_memory_utilization": "memory_utilization",
     "block_size": "page_size",
 }
-# vLLM's options that have one value here, and why; `config_from` takes that value and drops it.
-FIXED: dict[str, tuple[Any, str]] = {
-    "trust_remote_code": (False, "no remote code is ever run"),
+_UNQUANTIZED = "weights and cache are held in dtype"
+_OWN_TOKENIZER = "the tokenizer is the model's own"
+_COMPILED = "steps are always compiled; warm_up=False leaves most of them until they are needed"
+# vLLM's options that are settled here: the values that ask for what is done anyway, and why there are no others.
+# `config_from` takes these values and drops them.
+FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "trust_remote_code": ((False,), "no remote code is ever run"),
+    "code_revision": ((None,), "no remote code is ever run"),
+    "pipeline_parallel_size": ((1,), "there are no stages; see tensor_parallel_size and data_parallel_size"),
+    "enable_expert_parallel": ((False,), "experts are not dealt out; see tensor_parallel_size and data_parallel_size"),
+    "distributed_executor_backend": (
+        (None, "mp", "uni"),
+        "one process drives a host's devices; coordinator_address joins several",
+    ),
+    "enforce_eager": ((False,), _COMPILED),
+    "compilation_config": ((None,), _COMPILED),
+    "quantization": ((None,), _UNQUANTIZED),
+    "kv_cache_dtype": (("auto",), _UNQUANTIZED),
+    "tokenizer": ((None,), _OWN_TOKENIZER),
+    "tokenizer_revision": ((None,), _OWN_TOKENIZER),
+    "tokenizer_mode": (("auto",), _OWN_TOKENIZER),
+    "skip_tokenizer_init": ((False,), _OWN_TOKENIZER),
+    "hf_overrides": ((None,), "the model's config.json holds"),
+    "generation_config": (("auto",), "sampling defaults are those of the model's generation_config.json"),
+    "task": (("auto", "generate"), "a model generates text; embed() needs no option"),
+    "runner": (("auto", "generate"), "a model generates text; embed() needs no option"),
+    "limit_mm_per_prompt": ((None,), "prompts are text"),
+    "enable_chunked_prefill": ((True, None), "a step's budget of tokens is shared by prompts, whole or in parts"),
+    "async_scheduling": ((True, None), "a step is launched before the one before it is read"),
+    "enable_lora": ((False,), "there are no adapters"),
+    "speculative_config": ((None,), "no tokens are guessed ahead"),
+    "enable_sleep_mode": ((False,), "weights and cache stay on the devices"),
+    "cpu_offload_gb": ((0,), "weights stay on the devices"),
+    "swap_space": ((0,), "what is preempted is computed again"),
+    "disable_log_stats": ((True,), "stats() and the server's /metrics tell them"),
 }
 
 
@@ -182,9 +217,9 @@ def config_from(model: str, options: dict[str, Any]) -> EngineConfig:
     for alias, value in options.items():
         name = ALIASES.get(alias, alias)
         if name in FIXED:
-            only, reason = FIXED[name]
-            if type(value) is not type(only) or value != only:
-                raise ConfigError(f"{name}={value!r}: must be {only!r}, {reason}")
+            values, reason = FIXED[name]
+            if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values):
+                raise ConfigError(f"{name}={value!r}: must be {' or '.join(map(repr, values))}, {reason}")
             continue
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *ALIASES, *FIXED], n=1)

@@ -42,14 +42,16 @@ def test_quickstart(monkeypatch):
 
 
 def test_tpu_vm(monkeypatch):
-    _, printed = run("tpu_vm.ipynb", monkeypatch)
+    (install, *_), printed = run("tpu_vm.ipynb", monkeypatch)
     _, devices, ready, labels, stats = printed
+    assert 'EXTRA = "tpu"' in install and "WARNING: JAX sees no TPU" in devices
     assert "1 x" in devices and ready.count("after") == 2 and labels.startswith("32 prompts")
     assert re.search(r"late_compilations +0", stats)
 
 
 def test_colab(monkeypatch):
     _, printed = run("colab.ipynb", monkeypatch)
-    _, device, answers, alternatives, samples = printed
+    found, device, answers, alternatives, samples = printed
+    assert found.startswith("This runtime has ") and "WARNING" in device
     assert device.startswith("cpu") and len(answers.split()) > 3
     assert len(re.findall(r"^[0-9]+ \{", alternatives, re.MULTILINE)) == 3 and len(samples.splitlines()) == 3

@@ -3,8 +3,8 @@
 Its arrays are the slices that the engine's parameters are made of, under their Hugging Face names and projections as
 [in, out], so that none depends on a mesh. They are zarr 3 without compression, and each chunk ends with its CRC-32C,
 which TensorStore, Orbax's own reader of arrays, compares while it reads. `weights.json` beside them lists the arrays
-and all files: of the chunks their sizes, of the others their CRC-32 too. It is written last: without it the checkpoint
-is not whole.
+and all files: of the chunks their sizes, of the others their CRC-32 too, and those of config.json and the tokenizer's
+files, which tokens depend on as they do on weights. It is written last: without it the checkpoint is not whole.
 
 Reading goes through TensorStore alone, straight into the buffer that becomes the parameter: to import Orbax takes
 longer than to read some models, and what it restores is in memory of its own.
@@ -29,7 +29,10 @@ from jaxllm.checkpoint.safetensors_source import HuggingFaceDirectory, read_json
 from jaxllm.errors import CheckpointError, UnsupportedModelError
 
 WEIGHTS, MANIFEST = "weights", "weights.json"
-FORMAT = 2
+FORMAT = 3
+READ = (2, FORMAT)  # 2 knows nothing of the files beside `weights`
+# Of the files that are copied, those that are checked. Sampling's defaults and chat templates are the user's to change.
+_CHECKED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHUNKS = "c"  # zarr's name for the folder of an array's chunks
 _PIECES = 16  # that an array's chunks are cut into along the axis that shards deal out: each reads its own alone
 _LEAST_CHUNK, _LARGEST_CHUNK = 1 << 20, 8 << 20  # bytes: worth a file of its own, and many at once in memory
@@ -88,17 +91,24 @@ def write_manifest(directory: Path, arrays: Mapping[str, StoredArray]) -> None:
         if is_chunk(name):
             chunks[name] = size
         else:
-            files[name] = [size, zlib.crc32(path.read_bytes())]
+            files[name] = _size_and_crc32(path)
+    copied = {path.name: _size_and_crc32(path) for path in stored_files(directory) if path.name in _CHECKED}
     content = {
         "format": FORMAT,
         "arrays": {name: [list(a.shape), a.dtype.name, a.transposed] for name, a in arrays.items()},
         "chunks": chunks,
         "files": files,
+        "copied": copied,
     }
     with open(directory / MANIFEST, "w") as file:
         json.dump({"crc32": _crc32_of_content(content), **content}, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _size_and_crc32(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    return len(content), zlib.crc32(content)
 
 
 def is_chunk(name: str) -> bool:
@@ -136,11 +146,12 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
             for name, (shape, dtype, transposed) in content["arrays"].items()
         }
         for name, size in content["chunks"].items():
-            self._check_size(name, size)
-        for name, (size, crc32) in content["files"].items():
-            self._check_size(name, size)
-            if zlib.crc32((self.weights / name).read_bytes()) != crc32:
-                raise CheckpointError(f"{self.weights / name}: altered: its checksum does not fit")
+            _check_size(f"{self.weights}/{name}", size)
+        for place, files in ((self.path, content.get("copied", {})), (self.weights, content["files"])):
+            for name, (size, crc32) in files.items():
+                _check_size(f"{place}/{name}", size)
+                if zlib.crc32((place / name).read_bytes()) != crc32:
+                    raise CheckpointError(f"{place / name}: altered: its checksum does not fit")
 
     @property
     def weights(self) -> Path:
@@ -150,23 +161,14 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
         content = read_json(path)
-        if content.get("format", FORMAT) != FORMAT:
+        if content.get("format", FORMAT) not in READ:
+            formats = " and ".join(map(str, READ))
             raise CheckpointError(
-                f"{path}: format {content['format']!r}; jaxllm reads format {FORMAT}: convert it anew"
+                f"{path}: format {content['format']!r}; jaxllm reads formats {formats}: convert it anew"
             )
         if content.pop("crc32", None) != _crc32_of_content(content):
             raise CheckpointError(f"{path}: altered: its checksum does not fit")
         return content
-
-    def _check_size(self, name: str, expected: int) -> None:
-        path = f"{self.weights}/{name}"
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-        if size != expected:
-            kind = "truncated" if size < expected else "altered"
-            raise CheckpointError(f"{path}: {kind}: {size} bytes instead of {expected}")
 
     def names(self) -> list[str]:
         return list(self.arrays)
@@ -230,6 +232,17 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
 
     def release_memory(self) -> None:
         """Nothing is mapped."""
+
+
+def _check_size(path: str, expected: int) -> None:
+    """Raises CheckpointError."""
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if size != expected:
+        kind = "truncated" if size < expected else "altered"
+        raise CheckpointError(f"{path}: {kind}: {size} bytes instead of {expected}")
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:

@@ -61,10 +61,15 @@ def preload() -> None:
 
 def _import_engine() -> None:
     with contextlib.suppress(Exception):  # the command imports it again and reports what is wrong
+        from jaxllm.cli.flags import num_devices
+        from jaxllm.engine import platform
+
+        platform.configure(num_devices(sys.argv))  # JAX reads it when it is asked for devices
         import jax
 
-        if not any(argument.startswith("--coordinator-address") for argument in sys.argv):
-            jax.devices()  # of several processes: they have to meet before
+        # Several processes have to meet before, and where the engine gets a process of its own the devices are its.
+        if not any(word.startswith(("--coordinator-address", "--engine-process")) for word in sys.argv):
+            jax.devices()
         import jaxllm.engine.build  # noqa: F401
 
 

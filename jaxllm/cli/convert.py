@@ -18,8 +18,11 @@ def convert(
     from jaxllm.checkpoint import open_checkpoint
     from jaxllm.engine import platform
     from jaxllm.models.convert import convert as write
+    from jaxllm.models.convert import drafts
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it was not asked to do
     platform.configure()
+    for left in drafts(directory):
+        typer.echo(f"{left}: left by a conversion that was killed; unless one is running now, remove it", err=True)
     write(open_checkpoint(model, revision), directory)
     typer.echo(f"{directory}: written; jaxllm serve {directory}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from jaxllm.cli.flags import flags_of
 from jaxllm.config import EngineConfig
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.serving.config import ServerConfig
@@ -108,10 +109,10 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _parameter(field: dataclasses.Field, kind: Any, help: str, panel: str) -> inspect.Parameter:
-    """The flag of one field. Its default is None, "not set"; the help tells the dataclass's."""
-    flag = "--" + field.name.replace("_", "-")
-    declaration = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    """The flag of one field, under all its names. Its default is None, "not set"; the help tells the dataclass's."""
+    flags = flags_of(field.name)
+    declarations = [f"{flag}/--no-{flag[2:]}" for flag in flags] if kind is bool else flags
     shown = "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {field.default})"
-    option = typer.Option(declaration, help=help + shown, rich_help_panel=panel, show_default=False)
+    option = typer.Option(*declarations, help=help + shown, rich_help_panel=panel, show_default=False)
     annotation = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -6,16 +6,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from jaxllm.cli.flags import flags_of
 from jaxllm.config import EngineConfig
 
 _HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(EngineConfig)}
 _ENGINE = "Engine"
 
 
-def _engine(name: str, *aliases: str) -> Any:
-    """The flag of an engine's option, with its help, under its own and other engines' names."""
-    flags = ["--" + each.replace("_", "-") for each in (name, *aliases)]
-    return typer.Option(*flags, help=_HELP[name], rich_help_panel=_ENGINE)
+def _engine(name: str, help: str | None = None, min: int | None = None) -> Any:
+    """The flag of an engine's option, under all its names and with its help unless it means something else here."""
+    return typer.Option(*flags_of(name), help=help or _HELP[name], min=min, rich_help_panel=_ENGINE)
 
 
 def plan(
@@ -36,21 +36,15 @@ def plan(
         Path | None, typer.Option(help="what was measured on the chip, as in jaxllm/plan/calibrations")
     ] = None,
     tensor_parallel_size: Annotated[
-        int | None,
-        typer.Option(
-            "--tensor-parallel-size", "-tp", min=1, help="fix the mesh's tensor shards", rich_help_panel=_ENGINE
-        ),
+        int | None, _engine("tensor_parallel_size", "fix the mesh's tensor shards", min=1)
     ] = None,
-    data_parallel_size: Annotated[
-        int | None,
-        typer.Option("--data-parallel-size", "-dp", min=1, help="fix the mesh's ranks", rich_help_panel=_ENGINE),
-    ] = None,
+    data_parallel_size: Annotated[int | None, _engine("data_parallel_size", "fix the mesh's ranks", min=1)] = None,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], _engine("dtype")] = "auto",
     max_model_len: Annotated[int | None, _engine("max_model_len")] = None,
     max_num_seqs: Annotated[int | None, _engine("max_num_seqs")] = None,
     max_num_batched_tokens: Annotated[int | None, _engine("max_num_batched_tokens")] = None,
-    page_size: Annotated[int, _engine("page_size", "block_size")] = 64,
-    memory_utilization: Annotated[float, _engine("memory_utilization", "gpu_memory_utilization")] = 0.9,
+    page_size: Annotated[int, _engine("page_size")] = 64,
+    memory_utilization: Annotated[float, _engine("memory_utilization")] = 0.9,
     kv_cache_memory_bytes: Annotated[int | None, _engine("kv_cache_memory_bytes")] = None,
     revision: Annotated[str | None, _engine("revision")] = None,
 ) -> None:

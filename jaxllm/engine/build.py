@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint import Checkpoint, open_checkpoint
 from jaxllm.checkpoint.orbax_source import OrbaxCheckpoint
+from jaxllm.checkpoint.safetensors_source import SafetensorsCheckpoint
 from jaxllm.config import EngineConfig
 from jaxllm.core.expected import Expected
 from jaxllm.engine import platform
@@ -59,6 +60,8 @@ def _load(config: EngineConfig, model: nnx.Module, checkpoint: Checkpoint, mesh:
         return
     if config.load_format == "orbax" and not isinstance(checkpoint, OrbaxCheckpoint):
         raise CheckpointError(f"load_format='orbax': {checkpoint.path} was not written by jaxllm convert")
+    if config.load_format == "safetensors" and not isinstance(checkpoint, SafetensorsCheckpoint):
+        raise CheckpointError(f"load_format='safetensors': {checkpoint.path} is no Hugging Face directory")
     with loader.progress_bar() if progress else contextlib.nullcontext() as on_progress:
         loader.load(model, checkpoint, shardings=shardings, on_progress=on_progress)
     checkpoint.release_memory()

@@ -2,9 +2,15 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 
+logger = logging.getLogger(__name__)
+
+# jaxlib's name for the share of each GPU's memory that it takes, and the one before it. It refuses both at once.
+FRACTION, OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+DEFAULT_FRACTION = 0.75  # jaxlib's, where neither is set
 # JAX takes three quarters of an accelerator's memory by default. The engine plans `memory_utilization` of what JAX may
 # use, and cuBLAS, NCCL and executables need some outside.
 MEMORY_FRACTION = 0.95
@@ -41,9 +47,45 @@ def tpu_compiler_options(device_kind: str, hidden_size: int) -> dict[str, int | 
     return {**_TPU_OPTIONS, "xla_tpu_scoped_vmem_limit_kib": tiles}
 
 
+_set: float | None = None  # by `configure`: what stands in the environment and is not the user's
+
+
 def configure(num_devices: int = 1) -> None:
-    """Sets what the user's environment has not set, for an engine of so many devices."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction(num_devices)))
+    """Sets what the user's environment has not set, for an engine of so many devices.
+
+    What an earlier engine had set gives way. Where JAX has taken its share of the GPUs already and it is another one,
+    the log says so.
+    """
+    global _set
+    if os.environ.get(OLD_FRACTION) or os.environ.get(FRACTION, "") not in ("", str(_set)):
+        return
+    wanted = memory_fraction(num_devices)
+    if not _devices_are_in_use():
+        os.environ[FRACTION], _set = str(wanted), wanted
+    elif (taken := _set or DEFAULT_FRACTION) != wanted and _runs_on_gpus():
+        logger.warning(
+            "JAX had taken %s of each GPU's memory before an engine could ask for %s: start the engine before anything "
+            "else touches a device, or set %s=%s",
+            taken,
+            wanted,
+            FRACTION,
+            wanted,
+        )
+
+
+def _devices_are_in_use() -> bool:
+    """Whether JAX has started its backends; later it reads no environment."""
+    if "jax" not in sys.modules:
+        return False
+    from jax._src import xla_bridge  # jax.extend has no such question
+
+    return xla_bridge.backends_are_initialized()
+
+
+def _runs_on_gpus() -> bool:
+    import jax
+
+    return jax.default_backend() == "gpu"
 
 
 def configure_group() -> None:

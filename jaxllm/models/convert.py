@@ -20,6 +20,17 @@ from jaxllm.models.sources import Parts
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
+def drafts(directory: Path) -> list[Path]:
+    """What conversions to this directory have left where they were killed, or are writing."""
+    if not directory.parent.is_dir():
+        return []
+    return sorted(path for path in directory.parent.iterdir() if path.name.startswith(_draft_prefix(directory)))
+
+
+def _draft_prefix(directory: Path) -> str:
+    return f".{directory.name}.incomplete-"
+
+
 def convert(checkpoint: Checkpoint, directory: Path) -> None:
     """Writes a model's weights, configuration and tokenizer files into a new directory.
 
@@ -48,7 +59,7 @@ def convert(checkpoint: Checkpoint, directory: Path) -> None:
     check(expected, checkpoint, tied=getattr(model, "lm_head", True) is None)
     write_arrays = _writer()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}.incomplete-", dir=directory.parent))
+    draft = Path(tempfile.mkdtemp(prefix=_draft_prefix(directory), dir=directory.parent))
     try:
         values, arrays = _slices(checkpoint, parts)
         write_arrays(draft / WEIGHTS, arrays, values)

@@ -1,15 +1,17 @@
 """Bad input: a typed error that names the field, the value and the limit, before work starts; others go on."""
 
+import dataclasses
 import json
 import math
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from jaxllm import LLM, EngineConfig, SamplingParams
-from jaxllm.config import config_from
+from jaxllm.config import FIXED, config_from
 from jaxllm.engine import resolve
 from jaxllm.errors import (
     CheckpointError,
@@ -241,6 +243,15 @@ def test_too_many_waiting(checkpoint):
         ({"tensor_parallel_size": True}, "tensor_parallel_size=True: must be an integer of at least 1"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size=3: must divide num_attention_heads=4 .* allows 1, 2, 4"),
         ({"trust_remote_code": True}, "trust_remote_code=True: must be False, no remote code is ever run"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: must be 1, .*tensor_parallel_size"),
+        ({"pipeline_parallel_size": True}, "pipeline_parallel_size=True: must be 1"),
+        (
+            {"distributed_executor_backend": "ray"},
+            "distributed_executor_backend='ray': must be None or 'mp' or 'uni', ",
+        ),
+        ({"enforce_eager": True}, "enforce_eager=True: must be False, steps are always compiled"),
+        ({"quantization": "fp8"}, "quantization='fp8': must be None"),
+        ({"swap_space": 4}, "swap_space=4: must be 0"),
         ({"max_num_seqs": 32, "max_num_batched_tokens": 16}, "max_num_batched_tokens=16"),
         ({"token_rungs": (32, 4, 128)}, "token_rungs=.*ascending"),
         ({"token_rungs": (4, 32)}, "token_rungs=.*max_num_batched_tokens=128"),
@@ -265,6 +276,12 @@ def test_vllms_names_of_options(tmp_path):
     options = {"gpu_memory_utilization": 0.5, "block_size": 16, "tensor_parallel_size": 1, "trust_remote_code": False}
     config = config_from("m", options | {"compilation_cache_dir": tmp_path})
     assert config == EngineConfig(model="m", memory_utilization=0.5, page_size=16, compilation_cache_dir=str(tmp_path))
+    for name, (values, reason) in FIXED.items():
+        for value in values:
+            assert config_from("m", {name: value}) == EngineConfig(model="m")
+        with pytest.raises(ConfigError, match=re.escape(reason)):
+            config_from("m", {name: "something else"})
+    assert not FIXED.keys() & {field.name for field in dataclasses.fields(EngineConfig)}
     with pytest.raises(ConfigError, match="did you mean 'tensor_parallel_size'"):
         config_from("m", {"tensor_parallel": 1})
     for model in ("", None):

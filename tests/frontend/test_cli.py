@@ -12,10 +12,12 @@ import sys
 import time
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from jaxllm import LLM, EngineConfig, SamplingParams
 from jaxllm.cli.app import app
+from jaxllm.cli.flags import num_devices
 from jaxllm.cli.start import prompt_length
 from jaxllm.cli.stream import since_process_start
 from jaxllm.errors import ConfigError, InvalidRequestError, JaxllmError
@@ -116,6 +118,44 @@ def test_every_engine_option_is_a_flag():
     assert EngineConfig.__dataclass_fields__["page_size"].metadata["help"] in text
     assert "sample from the smallest set of tokens" in text
     assert run("generate", "the", "--token-rungs", "a,b").exit_code == 2
+
+
+def test_other_engines_names_are_flags_of_every_command(model, expected):
+    root = typer.main.get_command(app)
+    bench = root.commands["bench"].commands
+    commands = [root.commands[name] for name in ("generate", "chat", "serve", "run-batch", "plan")]
+    for command in [*commands, *(bench[name] for name in ("throughput", "latency", "serve", "all"))]:
+        flags = {option.name: option.opts for option in command.params}
+        for field, *names in (
+            ("tensor_parallel_size", "--tensor-parallel-size", "-tp"),
+            ("data_parallel_size", "--data-parallel-size", "-dp"),
+            ("page_size", "--page-size", "--block-size"),
+            ("memory_utilization", "--memory-utilization", "--gpu-memory-utilization"),
+        ):
+            assert flags[field] == names, command.name
+    others = ["-tp", "1", "-dp=1", "--block-size", "16", "--gpu-memory-utilization", "0.5"]
+    result = run("generate", "the hand", "--model", model, "--max-tokens", "12", "--ignore-eos", *SIZES, *others)
+    assert result.stdout == expected("the hand") + "\n"
+    for flags, words in (
+        (["-tp", "3"], "tensor_parallel_size=3"),
+        (["-dp", "0"], "data_parallel_size=0"),
+        (["--block-size", "0"], "page_size=0"),
+        (["--gpu-memory-utilization", "2"], "memory_utilization=2.0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run("generate", "the", "--model", model, *SIZES, *flags)
+
+
+def test_devices_are_counted_before_the_command_line_is_parsed():
+    for words, count in (
+        ("generate the", 1),
+        ("chat -tp 2 --data-parallel-size=3", 6),
+        ("chat --tensor-parallel-size 4 -tp=2", 2),
+        ("chat -tp", 1),
+        ("chat -tp many -dp 2", 2),
+        ("generate -- -tp 4", 1),
+    ):
+        assert num_devices(words.split()) == count, words
 
 
 def test_helpers():

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.checkpoint import open_checkpoint, orbax_source
-from jaxllm.checkpoint.orbax_source import MANIFEST, WEIGHTS, StoredArray
+from jaxllm.checkpoint.orbax_source import MANIFEST, WEIGHTS, StoredArray, write_manifest
 from jaxllm.cli.app import app
-from jaxllm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from jaxllm.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from jaxllm.models import convert as converting
 from jaxllm.models.convert import convert
 from jaxllm.models.loader import load
@@ -238,6 +238,17 @@ def lengthen(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
+def reword(path: Path) -> None:
+    """Another letter: good JSON still, and of the same size."""
+    before, _, after = path.read_text().rpartition("s")
+    path.write_text(f"{before}t{after}")
+
+
+def lengthen_text(path: Path) -> None:
+    """Still good JSON."""
+    path.write_text(path.read_text() + "\n")
+
+
 @pytest.mark.parametrize("which", [largest, lambda d: largest(d).parents[2] / "zarr.json", lambda d: d / MANIFEST])
 @pytest.mark.parametrize("damage", [truncate, alter, lengthen, os.remove], ids=lambda damage: damage.__name__)
 def test_damage_is_refused_with_the_files_name(converted, damage, which):
@@ -250,6 +261,62 @@ def test_damage_is_refused_with_the_files_name(converted, damage, which):
     assert path.name in str(caught.value) and str(converted) in str(caught.value)
     if path.name != MANIFEST:
         assert str(path) in str(caught.value)
+
+
+def test_what_tokens_depend_on_is_checked_too(converted):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        path = converted / name
+        content = path.read_bytes()
+        for damage, words in ((reword, "altered"), (lengthen_text, "altered"), (os.remove, "")):
+            damage(path)
+            with pytest.raises((CheckpointError, ModelNotFoundError)) as caught:
+                open_checkpoint(converted)
+            assert name in str(caught.value) and str(converted) in str(caught.value) and words in str(caught.value)
+            path.write_bytes(content)
+    open_checkpoint(converted)
+
+
+def test_sampling_defaults_and_templates_may_be_changed(source, tmp_path):
+    original = Path(shutil.copytree(source, tmp_path / "original"))
+    (original / "generation_config.json").write_text('{"temperature": 0.5}')
+    (original / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    convert(open_checkpoint(original), tmp_path / "converted")
+    (tmp_path / "converted" / "generation_config.json").write_text('{"temperature": 0.75}')
+    (tmp_path / "converted" / "chat_template.jinja").write_text("Say: {{ messages[0].content }}")
+    checkpoint = open_checkpoint(tmp_path / "converted")
+    assert checkpoint.generation_config == {"temperature": 0.75}
+    said = checkpoint.tokenizer().apply_chat_template([{"role": "user", "content": "the"}])
+    assert said == "Say: the"
+
+
+def test_the_format_before_is_read_and_others_are_refused(converted):
+    def write(content: dict) -> None:
+        content = {name: value for name, value in content.items() if name != "crc32"}
+        (converted / MANIFEST).write_text(json.dumps({"crc32": orbax_source._crc32_of_content(content), **content}))
+
+    content = json.loads((converted / MANIFEST).read_text())
+    assert content["format"] == 3 and set(content["copied"]) == {
+        "config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    write({name: value for name, value in content.items() if name != "copied"} | {"format": 2})
+    lengthen_text(converted / "config.json")  # nothing is known of it
+    assert open_checkpoint(converted).names()
+    for other in (1, 4):
+        write(content | {"format": other})
+        with pytest.raises(CheckpointError, match=f"format {other}; jaxllm reads formats 2 and 3: convert it anew"):
+            open_checkpoint(converted)
+
+
+def test_what_a_killed_conversion_left_is_named(source, tmp_path):
+    left = tmp_path / ".converted.incomplete-abc"
+    left.mkdir()
+    (tmp_path / ".converted2.incomplete-abc").mkdir()
+    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "converted")])
+    assert done.exit_code == 0, done.output
+    assert f"{left}: left by" in done.stderr and "converted2" not in done.output
+    left.rmdir()
+    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "converted")])
+    assert isinstance(done.exception, ConfigError) and done.output == ""
 
 
 def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch):
@@ -269,8 +336,9 @@ def test_what_was_killed_is_not_taken_for_whole(converted):
 
 
 def test_another_models_config_is_refused_with_all_names(converted):
-    config = json.loads((converted / "config.json").read_text())
+    config, arrays = json.loads((converted / "config.json").read_text()), open_checkpoint(converted).arrays
     (converted / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "vocab_size": 301}))
+    write_manifest(converted, arrays)
     with pytest.raises(CheckpointError) as caught:
         tiny.llm(converted)
     for part in ("missing: model.layers.2", "misshapen: lm_head.weight has shape (300, 32)"):
@@ -280,6 +348,9 @@ def test_another_models_config_is_refused_with_all_names(converted):
 def test_refusals(source, tmp_path, converted):
     with pytest.raises(CheckpointError, match="load_format='orbax'"):
         tiny.llm(source, load_format="orbax")
+    with pytest.raises(CheckpointError, match=r"load_format='safetensors': .* is no Hugging Face directory"):
+        tiny.llm(converted, load_format="safetensors")
+    tiny.llm(source, load_format="safetensors").close()
     with pytest.raises(ConfigError, match="exists"):
         convert(open_checkpoint(source), converted)
     with pytest.raises(UnsupportedModelError, match="converted already"):
