@@ -255,7 +255,8 @@ def _batch(fitted: Fit, clock: Clock, count: int, context: int, output_len: int)
     rungs = fitted.decode_rungs or fitted.scheduler.token_rungs
     middle = context + max(1, output_len // 2)
     decode = Step(contexts=[middle] * own, num_sampled=own, num_padded=rungs[bisect_left(rungs, own)])
-    ttft = Times(clock.floor(whole), _sum([clock.predict(step) for step in parts]))
+    prompts = _sum([clock.predict_admission(count * context), *(clock.predict(step) for step in parts)])
+    ttft = Times(clock.floor(whole), prompts)
     tpot = Times(clock.floor(decode), clock.predict(decode))
 
     def speed(first: float, each: float) -> float:
