@@ -213,7 +213,8 @@ class Program:
     """One executable as it was compiled, on one device.
 
     Attributes:
-      count: what it costs; of kernels without `filler_flops`.
+      count: what it costs, but for `filler_flops`.
+      filler_flops: what the decode kernel multiplies with other heads' keys, see `tpu_traffic.Traffic`.
       minimum: what the model needs.
       argument_bytes, aliased_bytes: what XLA allots to arguments, and which of them it returns in place.
       temporary_bytes: what it allots besides, code included.
@@ -239,7 +240,12 @@ class Program:
 
     @property
     def flops(self) -> float:
+        """Without fillers."""
         return self.count.work.flops
+
+    @property
+    def with_fillers(self) -> Work:
+        return Work(self.bytes, self.flops + self.filler_flops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +259,12 @@ class Measured:
 
     @property
     def work(self) -> Work:
+        """Without fillers."""
         return Work(self.forward.bytes + self.sample.bytes, self.forward.flops + self.sample.flops)
+
+    @property
+    def with_fillers(self) -> Work:
+        return self.forward.with_fillers + self.sample.with_fillers
 
     @property
     def minimum(self) -> Work:
@@ -272,9 +283,9 @@ class Measured:
 
     @property
     def least_time_ratio(self) -> float:
-        """Of the times at the chip's published rates."""
+        """Of the times at the chip's published rates, fillers included."""
         ceilings: Ceilings = self.engine.chip.ceilings
-        return ceilings.seconds(self.work) / ceilings.seconds(self.minimum)
+        return ceilings.seconds(self.with_fillers) / ceilings.seconds(self.minimum)
 
 
 def _named(found: list[hlo_cost.Collective]) -> Counter[str]:

@@ -164,19 +164,36 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 def phases(cost: ModelCost, requests: Sequence[tuple[list[int], int]]) -> Iterator[Work]:
     """The work of a workload, phase by phase: all prompts, then each decode step."""
-    spans: list[tuple[int, int]] = []
-    live: list[tuple[int, int, int]] = []  # (tokens, of which the one before has the same, outputs)
-    previous: list[int] = []
-    for prompt, outputs in sorted(requests):  # so that neighbours share the longest prefixes
-        common = common_prefix(previous, prompt)
-        spans.append((min(common, len(prompt) - 1), len(prompt)))
-        live.append((len(prompt), common, outputs))
-        previous = prompt
-    yield cost.prefill(spans, len(requests))
+    live = _prompts(requests)
+    yield cost.prefill([_computed(length, common) for length, common, _ in live], len(requests))
     step = 1
     while live := _unfinished(live, step):
         yield cost.decode([length + step for length, _, _ in live], sum(common for _, common, _ in live))
         step += 1
+
+
+def num_computed(requests: Sequence[tuple[list[int], int]]) -> int:
+    """Tokens that go through the layers in all `phases`: what of prompts is nobody else's, and outputs but the last."""
+    total = 0
+    for length, common, outputs in _prompts(requests):
+        start, end = _computed(length, common)
+        total += end - start + outputs - 1
+    return total
+
+
+def _prompts(requests: Sequence[tuple[list[int], int]]) -> list[tuple[int, int, int]]:
+    """(tokens, of which the one before has the same, outputs), so that neighbours share the longest prefixes."""
+    found: list[tuple[int, int, int]] = []
+    previous: list[int] = []
+    for prompt, outputs in sorted(requests):
+        found.append((len(prompt), common_prefix(previous, prompt), outputs))
+        previous = prompt
+    return found
+
+
+def _computed(length: int, common: int) -> tuple[int, int]:
+    """[start, end) of the prompt's tokens that are computed: the last one always is."""
+    return min(common, length - 1), length
 
 
 def _unfinished(live: list[tuple[int, int, int]], step: int) -> list[tuple[int, int, int]]:

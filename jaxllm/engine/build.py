@@ -30,6 +30,7 @@ from jaxllm.engine.shared_device import SharedDevice, follow
 from jaxllm.engine.step import StepShape
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.models import loader
+from jaxllm.models.config import DecoderConfig
 from jaxllm.models.registry import model_class
 from jaxllm.structured.vocabulary import Encode, Vocabulary, vocabulary_of
 from jaxllm.text.eos import eos_token_ids
@@ -87,15 +88,29 @@ def abstract_leaves(model: nnx.Module, mesh: Mesh) -> list[jax.ShapeDtypeStruct]
     ]
 
 
-def _mesh(config: EngineConfig, group: Group | None) -> Mesh:
+def _mesh(config: EngineConfig, model: DecoderConfig, group: Group | None) -> Mesh:
+    """The mesh that is asked for.
+
+    Raises:
+      ConfigError: the model does not divide over it, or the devices do not make it up; it names the meshes that would
+        do.
+    """
     count = len(jax.devices())
+    if group is None:
+        most = ", ".join(f"{count // size} × {size}" for size in model.shard_counts if size <= count)
+        would_do = f"data × tensor may be at most {most}"
+    else:
+        would_do = ", ".join(f"{data} × {tensor}" for data, tensor in model.meshes(count))
+    try:
+        model.for_shards(config.tensor_parallel_size)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; on {count} device{'s' * (count > 1)} {would_do}") from error
     if config.num_devices > count or (group is not None and config.num_devices < count):
         sizes = {name: getattr(config, name) for name in ("data_parallel_size", "tensor_parallel_size")}
         asked = " times ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or group is not None)
         if group is None:
-            raise ConfigError(f"{asked}: there are {count} devices")
-        pairs = ", ".join(f"{d} × {count // d}" for d in range(1, count + 1) if count % d == 0)
-        raise ConfigError(f"{asked}: {group.size} processes have {count} devices, and all must be used: {pairs}")
+            raise ConfigError(f"{asked}: there are {count} devices; {would_do}")
+        raise ConfigError(f"{asked}: {group.size} processes have {count} devices, and all must be used: {would_do}")
     return make_mesh(data=config.data_parallel_size, tensor=config.tensor_parallel_size)
 
 
@@ -160,8 +175,8 @@ def _build(
         group.agree_on_options(config)
         group.agree_on("a config.json", repr(parsed))
     parsed = parsed.for_length(config.max_model_len or parsed.max_position_embeddings)
+    mesh = _mesh(config, parsed, group)
     model = family(parsed.for_shards(config.tensor_parallel_size), dtype=dtype)
-    mesh = _mesh(config, group)
     plan = plan_engine(config, model, least=int if group is None else group.least)
     if group is not None:
         group.agree_on("sizes", repr(plan))

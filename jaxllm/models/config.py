@@ -138,13 +138,22 @@ class DecoderConfig:
           ConfigError: they are not; it names the counts that would do.
         """
         if not self._can_be_cut(count):
-            fitting = [n for n in range(1, self.num_attention_heads + 1) if self._can_be_cut(n)]
+            allowed = ", ".join(map(str, self.shard_counts))
             raise ConfigError(
                 f"tensor_parallel_size={count}: must divide num_attention_heads={self.num_attention_heads} and "
                 f"intermediate_size={self.intermediate_size}, and divide num_key_value_heads="
-                f"{self.num_key_value_heads} or be a multiple of it; this model allows {', '.join(map(str, fitting))}"
+                f"{self.num_key_value_heads} or be a multiple of it; this model allows {allowed}"
             )
         return dataclasses.replace(self, tensor_shards=count)
+
+    @property
+    def shard_counts(self) -> list[int]:
+        """The counts that `for_shards` takes."""
+        return [count for count in range(1, self.num_attention_heads + 1) if self._can_be_cut(count)]
+
+    def meshes(self, devices: int) -> list[tuple[int, int]]:
+        """(data, tensor), by their ranks: the meshes of exactly so many devices over which the model divides."""
+        return [(devices // size, size) for size in reversed(self.shard_counts) if devices % size == 0]
 
     def _can_be_cut(self, count: int) -> bool:
         heads_and_mlp = self.num_attention_heads % count == 0 and self.intermediate_size % count == 0

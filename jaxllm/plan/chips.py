@@ -81,7 +81,9 @@ def chip(name: str) -> Chip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What jaxllm's parts reach on one device of a chip, in bfloat16. Times add up: parts of a step do not overlap.
+    """What jaxllm's parts reach on one device of a chip, in bfloat16, and on the host that it was taken with.
+
+    Times of a step's parts on the device add up: they do not overlap. The host's part does, with the step before.
 
     Attributes:
       chip: its name in chips.json.
@@ -101,6 +103,9 @@ class Calibration:
       sampler_passes: times that a row's float32 logits go through memory.
       step_seconds: what a step costs besides: gaps between kernels and between steps.
       all_reduce_seconds: what an all-reduce costs besides its bytes.
+      host_step_seconds: what the host takes to launch a step and to read one, so that no step is shorter.
+      host_prompt_token_seconds: what the host takes for a token of a prompt before the first step: checks, the hashes
+        of pages.
     """
 
     chip: str
@@ -119,6 +124,8 @@ class Calibration:
     sampler_passes: float
     step_seconds: float
     all_reduce_seconds: float
+    host_step_seconds: float
+    host_prompt_token_seconds: float
 
     def gemm_seconds(self, rows: float, weight_bytes: float) -> float:
         """Products of `rows` rows with weights of so many bytes."""

@@ -1,6 +1,5 @@
 """What of a model lies on each device of a mesh, and how much cache is left: the engine's arithmetic, no device."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
@@ -83,12 +82,7 @@ def read_model(name: str, hf: dict[str, Any], dtype: str) -> Model:
 
 def tensor_sizes(config: "DecoderConfig", most: int) -> list[int]:
     """Tensor shards, `most` at most, over which the model divides."""
-    found = []
-    for size in range(1, min(most, config.num_attention_heads) + 1):
-        with contextlib.suppress(ConfigError):
-            config.for_shards(size)
-            found.append(size)
-    return found
+    return [size for size in config.shard_counts if size <= most]
 
 
 @dataclasses.dataclass(frozen=True)

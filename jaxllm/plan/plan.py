@@ -124,20 +124,27 @@ def meshes(
     devices may stay idle.
 
     Raises:
-      ConfigError: a size given does not divide the devices, or leaves the domain.
+      ConfigError: a size given does not divide the devices or the model, or leaves the domain; it names the meshes
+        that would do.
     """
     devices, joined = chips * chip.devices, chip.domain * chip.devices
     if data is None and tensor is None:
         return [(devices // size, size) for size in tensor_sizes(model.config, min(devices, joined))]
     given = [f"{name}={size}" for name, size in (("data", data), ("tensor", tensor)) if size is not None]
     text = " and ".join(each.replace("=", "_parallel_size=") for each in given)
+    fitting = ", ".join(mesh_name(*mesh) for mesh in model.config.meshes(devices) if mesh[1] <= joined)
+    would_do = f"data × tensor may be {fitting}"
     if devices % (data or 1) or devices % (tensor or 1) or (data and tensor and data * tensor != devices):
-        raise ConfigError(f"{text}: must make up the {devices} devices of {chips} × {chip.name}")
+        raise ConfigError(f"{text}: must make up the {devices} devices of {chips} × {chip.name}; {would_do}")
     shards = tensor or devices // (data or 1)
     if shards > joined:
         raise ConfigError(
-            f"tensor_parallel_size={shards}: {chip.topology} joins {joined} devices of {chip.name} at most"
+            f"tensor_parallel_size={shards}: {chip.topology} joins {joined} devices of {chip.name} at most; {would_do}"
         )
+    try:
+        model.config.for_shards(shards)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; on {chips} × {chip.name} {would_do}") from error
     return [(devices // shards, shards)]
 
 
@@ -248,7 +255,8 @@ def _batch(fitted: Fit, clock: Clock, count: int, context: int, output_len: int)
     rungs = fitted.decode_rungs or fitted.scheduler.token_rungs
     middle = context + max(1, output_len // 2)
     decode = Step(contexts=[middle] * own, num_sampled=own, num_padded=rungs[bisect_left(rungs, own)])
-    ttft = Times(clock.floor(whole), _sum([clock.predict(step) for step in parts]))
+    prompts = _sum([clock.predict_admission(count * context), *(clock.predict(step) for step in parts)])
+    ttft = Times(clock.floor(whole), prompts)
     tpot = Times(clock.floor(decode), clock.predict(decode))
 
     def speed(first: float, each: float) -> float:

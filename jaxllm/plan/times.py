@@ -69,8 +69,9 @@ class Clock:
             attention_flops=whole.attention_flops // part,
         )
 
-    def _all_reduce(self, num_tokens: int) -> float:
-        """Two sums of the residual stream's updates in each layer, at the links' speed."""
+    def sums(self, num_tokens: int) -> float:
+        """Seconds, at the links' speed, of the two sums of the residual stream's updates in each layer. They are in
+        proportion to the tokens, in however many steps these are computed."""
         each = self.chip.all_reduce_seconds(num_tokens * self.hidden_size * self.whole.itemsize, self.tensor)
         return 2 * len(self.whole.windows) * each
 
@@ -80,13 +81,27 @@ class Clock:
         cost = self.cost
         work: Work = cost.linear(step.num_tokens, step.num_sampled)
         work += cost.prefill_attention(step.spans) + cost.decode_attention(step.contexts, step.num_shared)
-        return self.chip.ceilings.seconds(work) + self._all_reduce(step.num_tokens)
+        return self.chip.ceilings.seconds(work) + self.sums(step.num_tokens)
+
+    @property
+    def _known(self) -> Calibration | None:
+        """The calibration, where it is one of this dtype."""
+        return self.calibration if self.whole.itemsize == 2 else None
 
     def predict(self, step: Step) -> float | None:
-        """What a step takes by the chip's calibration; None without one, or in another dtype than it was taken in."""
-        known, cost = self.calibration, self.cost
-        if known is None or cost.itemsize != 2:
-            return None
+        """What a step takes by the chip's calibration, which is the longer of the device's part and the host's; None
+        without one, or in another dtype than it was taken in."""
+        known = self._known
+        return None if known is None else max(self._on_device(step, known), known.host_step_seconds)
+
+    def predict_admission(self, num_prompt_tokens: int) -> float | None:
+        """What the host takes for so many tokens of prompts, all there at once, before the first step; None as
+        above."""
+        known = self._known
+        return None if known is None else num_prompt_tokens * known.host_prompt_token_seconds
+
+    def _on_device(self, step: Step, known: Calibration) -> float:
+        cost = self.cost
         layers = len(cost.windows)
         tokens = step.num_padded or step.num_tokens
         sampled = step.num_sampled_padded or step.num_sampled
@@ -94,7 +109,7 @@ class Clock:
         read = cost.weight_bytes(tokens) - head  # of experts only those touched, each by its share of the rows
         passed = tokens * (cost.active_weights - cost.tail_weights) + min(sampled, tokens) * cost.tail_weights
         rows = passed * cost.itemsize / read
-        seconds = known.gemm_seconds(rows, read) + known.step_seconds + self._all_reduce(tokens)
+        seconds = known.gemm_seconds(rows, read) + known.step_seconds + self.sums(tokens)
         seconds += layers * (known.layer_seconds + (2 * known.all_reduce_seconds if self.tensor > 1 else 0.0))
         seconds += layers * tokens * self.hidden_size * cost.itemsize * known.layer_passes / known.bandwidth
         if sampled:

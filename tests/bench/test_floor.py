@@ -3,7 +3,7 @@
 import pytest
 
 from jaxllm.bench import peers
-from jaxllm.bench.floor import Ceilings, ModelCost, Work, common_prefix, floor_of, phases
+from jaxllm.bench.floor import Ceilings, ModelCost, Work, common_prefix, floor_of, num_computed, phases
 from jaxllm.bench.latency import percentile
 from jaxllm.bench.workloads import MODEL_SHAPES, decode_heavy, shared_prefix, single_stream
 
@@ -65,6 +65,12 @@ def test_a_shared_prefix_is_read_by_one_of_those_who_are_left():
     shared = [3 + 2, 2, 0]  # the first is gone in step 2, the third in step 3
     for work, seen, common in zip(decode, contexts, shared, strict=True):
         assert work.bytes == weights + (sum(seen) - common) * cost.kv_bytes
+
+
+def test_tokens_of_all_phases():
+    requests = [([1, 2, 3, 4], 2), ([1, 2, 3, 5], 4), ([1, 2, 7], 3), ([8], 4)]
+    assert num_computed(requests) == (4 + 1 + 1 + 1) + (1 + 3 + 2 + 3)
+    assert num_computed([([1, 2], 1), ([1, 2], 1)]) == 2 + 1  # the last token of a prompt is everyone's own
 
 
 def test_experts_are_read_as_they_are_touched():

@@ -21,6 +21,7 @@ from jaxllm.engine import build
 from jaxllm.engine.executables import Pool, Sample, Wide, WriteMasks
 from jaxllm.engine.sampling import VARIANTS
 from jaxllm.errors import ConfigError
+from jaxllm.models.registry import model_class
 from sharding import DATA, EXPERT, TENSOR
 from tests.engine import tiny
 
@@ -301,6 +302,52 @@ def test_more_shards_than_devices_are_refused(checkpoint):
         tiny.llm(checkpoint("llama"), tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="data_parallel_size=2 times tensor_parallel_size=4: there are 1 devices"):
         tiny.llm(checkpoint("llama"), tensor_parallel_size=4, data_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "group", "sizes", "told"),
+    [
+        (1, None, (1, 2), "tensor_parallel_size=2: there are 1 devices; data × tensor may be at most 1 × 1"),
+        (2, None, (3, 1), "data_parallel_size=3: there are 2 devices; data × tensor may be at most 2 × 1, 1 × 2"),
+        (
+            6,
+            None,
+            (4, 2),
+            "data_parallel_size=4 times tensor_parallel_size=2: there are 6 devices; "
+            "data × tensor may be at most 6 × 1, 3 × 2, 1 × 4",
+        ),
+        (
+            6,
+            None,
+            (1, 3),
+            "tensor_parallel_size=3: must divide num_attention_heads=4 and intermediate_size=48, and divide "
+            "num_key_value_heads=2 or be a multiple of it; this model allows 1, 2, 4; on 6 devices data × tensor may "
+            "be at most 6 × 1, 3 × 2, 1 × 4",
+        ),
+        (
+            6,
+            SimpleNamespace(size=2),
+            (1, 2),
+            "data_parallel_size=1 times tensor_parallel_size=2: 2 processes have 6 devices, and all must be used: "
+            "3 × 2, 6 × 1",
+        ),
+        (
+            12,
+            SimpleNamespace(size=2),
+            (4, 3),
+            "tensor_parallel_size=3: must divide num_attention_heads=4 and intermediate_size=48, and divide "
+            "num_key_value_heads=2 or be a multiple of it; this model allows 1, 2, 4; on 12 devices 3 × 4, 6 × 2, "
+            "12 × 1",
+        ),
+    ],
+)
+def test_a_refused_mesh_names_those_that_would_do(monkeypatch, devices, group, sizes, told):
+    monkeypatch.setattr(build.jax, "devices", lambda: [None] * devices)
+    hf = tiny.CONFIGS["llama"]
+    config = EngineConfig(data_parallel_size=sizes[0], tensor_parallel_size=sizes[1])
+    with pytest.raises(ConfigError) as refused:
+        build._mesh(config, model_class(hf).parse_config(hf), group)
+    assert str(refused.value) == told
 
 
 if __name__ == "__main__":

@@ -137,8 +137,23 @@ def test_shards_hold_parts_and_copies():
     ],
 )
 def test_meshes_that_do_not_divide_are_refused(sizes, told):
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=rf"{told}.*; data × tensor may be 1 × 8, 2 × 4, 4 × 2, 8 × 1$"):
         meshes(model("small"), chip("v6e"), 8, **sizes)
+
+
+def test_what_is_refused_names_meshes_that_would_do():
+    """Those that the model does not divide over are not named, nor those beyond a domain."""
+    with pytest.raises(ConfigError, match=r"data × tensor may be 3 × 4, 6 × 2, 12 × 1$"):
+        meshes(model("small"), chip("v6e"), 12, tensor=5)
+    with pytest.raises(ConfigError, match=r"on 12 × v6e data × tensor may be 3 × 4, 6 × 2, 12 × 1$"):
+        meshes(model("small"), chip("v6e"), 12, data=1)
+    for size in (1, 2, 4):
+        assert meshes(model("small"), chip("v6e"), 12, tensor=size) == [(12 // size, size)]
+    narrow = dataclasses.replace(chip("h100"), domain=4)
+    with pytest.raises(
+        ConfigError, match=r"joins 4 devices of h100 at most; data × tensor may be 2 × 4, 4 × 2, 8 × 1$"
+    ):
+        meshes(model("small"), narrow, 8, tensor=8)
 
 
 def test_sizes_that_do_not_divide_the_model_are_refused():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.bench.results import load_all
+from jaxllm.bench.throughput import ThroughputResult, workload
 from jaxllm.bench.workloads import WORKLOADS
 from jaxllm.config import EngineConfig
 from jaxllm.plan.chips import calibration_of, chip, chips
@@ -19,35 +20,81 @@ from tests.plan.shapes import model
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 H100 = chip("h100")
-NAME = "llama-3.1-8b"
 ANY = EngineConfig(model="any")
+DEVICE_ALONE = dataclasses.replace(calibration_of(H100), host_step_seconds=0.0, host_prompt_token_seconds=0.0)
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[str, float]:
-    (part,) = [
-        part
-        for part in load_all([RESULTS])
-        if (part.part, part.facts.model, part.facts.device) == ("throughput", NAME, H100.kind)
-    ]
-    assert part.facts.num_devices == 1 and part.facts.dtype == "bfloat16"
-    return {result.workload: result.seconds for result in part.results}
+def measured() -> dict[tuple[str, str], ThroughputResult]:
+    """Every workload that the repository has of one H100, by model and name."""
+    found = {}
+    for part in load_all([RESULTS]):
+        if part.part == "throughput" and part.facts.device == H100.kind:
+            assert part.facts.num_devices == 1 and part.facts.dtype == "bfloat16"
+            assert part.facts.options["max_model_len"] == 18432
+            found |= {(part.facts.model, result.workload): result for result in part.results}
+    return found
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_the_h100_is_predicted_within_15_percent(name, measured):
-    large = model(NAME)
-    fitted = fit(large, H100, EngineConfig(model=NAME, max_model_len=18432), data=1, tensor=1)
-    requests = WORKLOADS[name](large.config.vocab_size)
-    made = predict_workload(name, requests, fitted, clock(large, H100, calibration_of(H100), 1))
-    assert made.seconds.predicted == pytest.approx(measured[name], rel=0.15)
-    assert made.seconds.floor < measured[name]
-    assert made.output_tokens == sum(count for _, count in requests)
+MEASURED = measured()
+
+
+def test_what_the_h100_is_predicted_beside():
+    assert {name for name, _ in MEASURED} == {"llama-3.1-8b", "qwen3-0.6b"}
+    assert {workload for name, workload in MEASURED if name == "llama-3.1-8b"} >= WORKLOADS.keys()
+    assert {workload for name, workload in MEASURED if name == "qwen3-0.6b"} == WORKLOADS.keys() - {"long_context"}
+
+
+@pytest.mark.parametrize(("name", "which"), MEASURED)
+def test_the_h100_is_predicted_within_15_percent(name, which):
+    found, made = MEASURED[name, which], predicted(name, which, H100, calibration_of(H100))
+    assert made.seconds.predicted == pytest.approx(found.seconds, rel=0.15)
+    assert made.seconds.floor < found.seconds
+    assert (made.output_tokens, made.steps) == (found.output_tokens, found.steps)
+
+
+def predicted(name, which, on, calibration, tensor=1):
+    large = model(name)
+    fitted = fit(large, on, EngineConfig(model=name, max_model_len=18432), data=1, tensor=tensor)
+    requests = workload(which, large.config.vocab_size)
+    return predict_workload(which, requests, fitted, clock(large, on, calibration, tensor))
+
+
+def test_no_step_is_shorter_than_the_host_takes_for_it():
+    """Of two layers the device's part is the shorter one; all prompts are taken in before the first step."""
+    small = model("small")
+    known = dataclasses.replace(DEVICE_ALONE, host_step_seconds=1.0, host_prompt_token_seconds=2.0)
+    one, many = Step(contexts=[5], num_sampled=1), Step(spans=[(0, 8192)] * 4000, num_sampled=4000)
+    bare, times = clock(small, H100, DEVICE_ALONE, 1), clock(small, H100, known, 1)
+    assert bare.predict(one) < 1.0 == times.predict(one)
+    assert bare.predict(many) == times.predict(many) > 1.0
+    assert (bare.predict_admission(100), times.predict_admission(100)) == (0.0, 200.0)
+    requests = [([7] * 100, 3)] * 2
+    for data in (1, 2):  # one host takes the prompts of all ranks in
+        made = predict_workload("any", requests, fit(small, H100, ANY, data=data, tensor=1), times)
+        assert made.seconds.predicted == 400.0 + made.steps
+    batch = make_plan(small, H100, ANY, known, chips=2, tensor=1, context=100).throughput.batches[0]
+    assert (batch.ttft.predicted, batch.tpot.predicted) == (201.0, 1.0)
+
+
+def test_a_workloads_floor_has_the_sums_over_shards():
+    """Those of `Clock.floor` over the same steps."""
+    small = model("small")
+    requests = [([7 + i] * 128, 20) for i in range(16)]
+    prompts = Step(spans=[(0, 128)] * 16, num_sampled=16)
+    decodes = [Step(contexts=[128 + i] * 16, num_sampled=16) for i in range(1, 20)]
+    floors = []
+    for tensor in (1, 4):
+        times = clock(small, H100, None, tensor)
+        made = predict_workload("any", requests, fit(small, H100, ANY, data=1, tensor=tensor), times)
+        assert made.seconds.floor == pytest.approx(sum(map(times.floor, [prompts, *decodes])))
+        floors.append(made.seconds.floor - times.sums(16 * (128 + 19)))
+    assert times.sums(1) > 0 and floors[1] < made.seconds.floor
+    assert floors[0] / 4 <= floors[1] < floors[0]
 
 
 def test_ranks_share_a_workload():
     small = model("small")
-    times = clock(small, H100, calibration_of(H100), 1)
+    times = clock(small, H100, DEVICE_ALONE, 1)
     requests = [([7 + i] * 128, 20) for i in range(16)]  # steps of 512 and 2048 tokens, without padding
     fits = {data: fit(small, H100, ANY, data=data, tensor=1) for data in (1, 4)}
     one, four = (predict_workload("any", requests, fits[data], times) for data in (1, 4))
@@ -74,7 +121,7 @@ def test_a_calibration_is_of_bfloat16():
 
 
 def test_common_keys_are_read_once_for_a_tile_of_rows():
-    times = clock(model("small"), H100, calibration_of(H100), 1)
+    times = clock(model("small"), H100, DEVICE_ALONE, 1)
     apart = Step(contexts=[4000] * 64, num_sampled=64)
     shared = dataclasses.replace(apart, num_shared=63 * 3968)
     saved = (1 - 4 / 64) * 63 * 3968 * times.cost.kv_bytes  # tiles of 64 queries, 4 of them a row's
