@@ -98,7 +98,7 @@ def test_many_tokens_have_a_head_a_tile(capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens,chunk,real", [(64, 8, 59), (12, 2, 11), (7, 1, 7)])
-def test_blocks_write_several_chunks_of_tokens(capfd, monkeypatch, tokens, chunk, real):
+def test_blocks_write_several_chunks_of_tokens(monkeypatch, tokens, chunk, real):
     """As large prefills do: more chunks than blocks, of several tokens where they can be, the last of them padded."""
     monkeypatch.setattr(gpu_write, "MAX_BLOCKS", 4)
     staged = []
