@@ -198,18 +198,20 @@ def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
 
 
 @pytest.mark.parametrize(
-    "head_dim,heads,kv_heads,page_size,decodes_only",
+    "head_dim,heads,kv_heads,page_size,tokens",
     [
-        (128, 32, 8, 64, False),
-        (128, 32, 8, 64, True),
-        (64, 14, 2, 16, True),
-        (256, 8, 4, 128, False),
-        (128, 8, 1, 64, True),  # a tensor-parallel shard of Llama 3.3 70B
-        (256, 4, 1, 64, False),  # Gemma 3 1B
+        (128, 32, 8, 64, 64),
+        (128, 32, 8, 64, 2112),  # a head a tile, and eight tokens a chunk of the write
+        (128, 32, 8, 64, 8),
+        (64, 14, 2, 16, 8),
+        (256, 8, 4, 128, 64),
+        (128, 8, 1, 64, 8),  # a tensor-parallel shard of Llama 3.3 70B
+        (256, 4, 1, 64, 64),  # Gemma 3 1B
     ],
 )
-def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, decodes_only):
-    rows, tokens = ([(1, 70)], 8) if decodes_only else ([(1, 70), (5, 9)], 64)
+def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, tokens):
+    decodes_only = tokens == 8
+    rows = [(1, 70)] if decodes_only else [(1, 70), (5, 9)]
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
     args = make_case(0, rows, tokens=tokens, decodes_only=decodes_only, **shape)
     run = functools.partial(
