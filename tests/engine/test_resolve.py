@@ -1,7 +1,9 @@
-"""The attention of a model on a Hopper GPU that is not there."""
+"""The attention of a model on GPUs that are not there."""
 
 import logging
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -64,3 +66,24 @@ def test_a_page_size_that_they_lack_is_refused(plan):
         ConfigError, match=r"page_size=8, attention_backend='gpu': .* choose one of \(16, 32, 64, 128\)"
     ):
         plan(page_size=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "backend"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "8.0", "xla"),
+        ("NVIDIA L4", "8.9", "xla"),
+        ("NVIDIA H100 80GB HBM3", "9.0", "gpu"),
+        ("NVIDIA B200", "10.0", "xla"),
+    ],
+)
+def test_gpus_other_than_hopper_run_plain_xla_and_the_log_says_so(monkeypatch, caplog, kind, capability, backend):
+    device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = LlamaForCausalLM(LlamaForCausalLM.parse_config(FIELDS), dtype=jnp.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        plan = resolve.plan_engine(EngineConfig(kv_cache_memory_bytes=10_000_000), model)
+    assert plan.backend == backend and plan.dtype == jnp.bfloat16
+    said = f"{kind} (compute capability {capability}): attention runs through plain XLA, the kernel needs Hopper (9.0)"
+    assert caplog.messages == ([said] if backend == "xla" else [])

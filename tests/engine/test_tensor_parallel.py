@@ -36,15 +36,15 @@ Case = tuple[str, str, int, int, bool, dict]
 QUICK: dict[str, Case] = {
     "tensor 4 x data 2, chunks": ("llama", "eight", 4, 2, False, SMALL),
 }
-# The other meshes, on tokens alone: prompts in chunks of 8 tokens, and then from the cache, or a cache for few.
+# The other meshes, on tokens alone: prompts in chunks of 8 tokens, and from the cache, some of a cache for few.
 TOKENS = dict(max_num_seqs=8, max_num_batched_tokens=8, token_rungs=(8,))
 LEAN: dict[str, Case] = {
     f"{heads}, tensor {tensor} x data {data}": ("llama", heads, tensor, data, is_tight, TOKENS | options)
     for heads, tensor, data, is_tight, options in (
         ("eight", 2, 1, False, {}),
         ("eight", 4, 1, False, {}),
-        ("eight", 8, 1, False, {}),
-        ("eight", 2, 2, False, {}),
+        ("eight", 8, 1, True, {}),
+        ("eight", 2, 2, True, {}),
         ("eight", 2, 4, False, {}),
         ("nine", 3, 1, True, dict(decode_rungs=(8,))),
     )
@@ -89,6 +89,35 @@ def open_case(root: Path, case: Case, *, shards: bool) -> LLM:
     return tiny.llm(directory_of(root, case), **options)
 
 
+def of_the_cache(llm: LLM, case: Case) -> dict:
+    """A prompt that every rank gets, twice, the second time cached, even where others would have taken its pages; its
+    tokens, the hits, and how often each rank has preempted by now."""
+    prompts = [list(range(100, 124))] * 4  # three pages
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    first, second = (llm.generate(prompts, params) for _ in range(2))
+    schedulers = llm._client._core.schedulers  # type: ignore[attr-defined]
+    return {
+        "cached": [output.outputs[0].token_ids for output in first + second],
+        "hits": [output.num_cached_tokens for output in second],
+        "preemptions": [scheduler.num_preemptions for scheduler in schedulers],
+    }
+
+
+def assert_cached_and_preempted(case: Case, found: dict, expected: dict) -> None:
+    """What the cases claim: that prompts were cached on every rank, and where the cache is for few, each preempted."""
+    assert found["cached"] == expected["cached"] and len(set(map(tuple, found["cached"]))) == 1
+    assert min(found["hits"]) >= 16 and min(expected["hits"]) >= 16  # two pages
+    assert len(found["preemptions"]) == case[3] and len(expected["preemptions"]) == 1
+    assert not case[4] or min(found["preemptions"] + expected["preemptions"]) > 0
+
+
+def assert_hits(case: Case, found: int, expected: int) -> None:
+    """Of the same batch again, unless others have taken its pages. A rank finds only what it has computed itself."""
+    if not case[4]:
+        assert found > 0 and expected > 0
+        assert found == expected or case[3] > 1
+
+
 def outcome(llm: LLM, case: Case) -> dict:
     """Tokens, reasons and logprobs of a mixed batch, twice (the second time most prompts are cached), and of one
     request with wide logprobs. In a tight cache many start, then all of them grow."""
@@ -105,8 +134,8 @@ def outcome(llm: LLM, case: Case) -> dict:
         "tokens": [output.outputs[0].token_ids for output in rounds[0]],
         "again": [output.outputs[0].token_ids for output in rounds[1]],
         "reasons": [output.outputs[0].finish_reason for output in rounds[0]],
-        "hits": sum(output.num_cached_tokens for output in rounds[1]),
-        "preemptions": llm.stats()["preemptions"],
+        "again hits": sum(output.num_cached_tokens for output in rounds[1]),
+        "cache": of_the_cache(llm, case),
         "formed": [output.outputs[0].text for output in formed],
         "alone": [sample.token_ids for sample in alone.outputs],
         "ids": [list(entry) for entry in entries],
@@ -123,8 +152,8 @@ def tokens(llm: LLM, case: Case) -> dict:
     rounds = [llm.generate(prompts, params) for _ in range(2)]
     return {
         "tokens": [[output.outputs[0].token_ids for output in outputs] for outputs in rounds],
-        "hits": sum(output.num_cached_tokens for output in rounds[1]),
-        "preemptions": llm.stats()["preemptions"],
+        "again hits": sum(output.num_cached_tokens for output in rounds[1]),
+        "cache": of_the_cache(llm, case),
     }
 
 
@@ -182,24 +211,21 @@ def quick(tmp_path_factory, root) -> tuple[Path, dict[str, dict]]:
 
 
 @pytest.fixture(scope="module")
-def on_one_device(quick) -> dict[str, dict]:
-    """By heads."""
+def on_one_device(quick) -> dict[tuple[str, bool], dict]:
+    """By heads and whether the cache is tight."""
     expected = {}
-    for case in {case[1]: case for case in LEAN.values()}.values():
-        with open_case(quick[0], case, shards=False) as llm:
-            expected[case[1]] = tokens(llm, case)
+    for (_, heads, _, _, is_tight, _), case in ((case, case) for case in LEAN.values()):
+        if (heads, is_tight) not in expected:
+            with open_case(quick[0], case, shards=False) as llm:
+                expected[heads, is_tight] = tokens(llm, case)
     return expected
 
 
 def assert_as_on_one_device(root: Path, case: Case, found: dict) -> None:
     with open_case(root, case, shards=False) as llm:
         expected = outcome(llm, case)
-    hits = found["outcome"].pop("hits"), expected.pop("hits")
-    preemptions = found["outcome"].pop("preemptions"), expected.pop("preemptions")
-    if case[4]:
-        assert case[3] > 1 or min(preemptions) > 0  # two ranks have two caches
-    else:  # a rank finds only the pages that it has computed itself
-        assert hits[0] == hits[1] > 0 or (case[3] > 1 and hits[0] > 0)
+    assert_cached_and_preempted(case, found["outcome"].pop("cache"), expected.pop("cache"))
+    assert_hits(case, found["outcome"].pop("again hits"), expected.pop("again hits"))
     values = found["outcome"].pop("logprobs"), expected.pop("logprobs")
     assert found["outcome"] == expected
     assert expected["tokens"] == expected["again"]
@@ -215,11 +241,11 @@ def test_the_tokens_of_one_device(name, quick):
 
 @pytest.mark.parametrize("name", LEAN)
 def test_the_tokens_of_one_device_on_every_mesh(name, quick, on_one_device):
-    _, heads, *_, is_tight, _ = LEAN[name]
-    found, expected = quick[1][name]["outcome"], on_one_device[heads]
+    case = LEAN[name]
+    found, expected = quick[1][name]["outcome"], on_one_device[case[1], case[4]]
     assert found["tokens"] == expected["tokens"] and expected["tokens"][0] == expected["tokens"][1]
-    counted = "preemptions" if is_tight else "hits"
-    assert min(found[counted], expected[counted]) > 0
+    assert_cached_and_preempted(case, found["cache"], expected["cache"])
+    assert_hits(case, found["again hits"], expected["again hits"])
 
 
 @pytest.mark.slow

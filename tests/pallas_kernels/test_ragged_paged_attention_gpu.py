@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention import gpu, reference
+from pallas_kernels.ragged_paged_attention import gpu, gpu_write, reference
 from pallas_kernels.ragged_paged_attention.gpu_decode import DecodeConfig
 from pallas_kernels.ragged_paged_attention.gpu_plan import (
     BEGIN,
@@ -47,12 +47,13 @@ def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=
         options["sinks"] = jnp.asarray(np.random.default_rng(1).standard_normal(heads), jnp.float32)
     expected, expected_cache = reference_of(*args, **options)
     consumers = 1 if head_dim > 128 else 2
+    prefill_config = None if pack is None else PrefillConfig(blocks=blocks, consumers=consumers, pack=pack)
     out, cache = gpu.ragged_paged_attention(
         *args,
         **options,
         then=then,
         decode_config=DecodeConfig(blocks=blocks, consumers=consumers),
-        prefill_config=PrefillConfig(blocks=blocks, consumers=consumers, pack=pack),
+        prefill_config=prefill_config,
         interpret=INTERPRET,
     )
     assert relative_error(out, expected) < 1e-2
@@ -72,6 +73,50 @@ def test_rows_of_one_token_and_many_with_padding(capfd):
 
 def test_window_cap_and_sinks_over_small_pages(capfd):
     run_and_compare(capfd, [(1, 150), (1, 20), (40, 120)], page_size=16, window=33, cap=5.0, sinks=True, tokens=64)
+
+
+LLAMA = dict(heads=8, kv_heads=2, head_dim=128)  # two of Llama 3.1 8B's eight groups
+
+
+def test_heads_of_llama_in_a_mixed_batch(capfd):
+    run_and_compare(capfd, [(1, 150), (1, 20), (37, 90), (3, 70)], **LLAMA, tokens=64, pack=4)
+
+
+def test_heads_of_llama_in_decodes(capfd):
+    run_and_compare(capfd, [(1, 150), (1, 64), (1, 1)], **LLAMA, tokens=4, decodes_only=True)
+
+
+def test_many_tokens_have_a_head_a_tile(capfd, monkeypatch):
+    """The sizes that a large prefill gets, at fewer tokens and on fewer blocks."""
+    table = gpu._table()
+    most = table["pack_below_tokens"]
+    assert gpu.tuned_prefill(128, 4, most - 1).pack == 4 and gpu.tuned_prefill(128, 4, most).pack == 1
+    small = {"128": table["prefill"]["128"] | {"blocks": 2}}
+    monkeypatch.setattr(gpu, "_table", lambda: table | {"prefill": small, "pack_below_tokens": 80})
+    assert gpu.tuned_prefill(128, 4, 80).pack == 1
+    run_and_compare(capfd, [(1, 70), (66, 100), (3, 20)], heads=4, head_dim=128, tokens=80, pack=None)
+
+
+@pytest.mark.parametrize("tokens,chunk,real", [(64, 8, 59), (12, 2, 11), (7, 1, 7)])
+def test_blocks_write_several_chunks_of_tokens(monkeypatch, tokens, chunk, real):
+    """As large prefills do: more chunks than blocks, of several tokens where they can be, the last of them padded."""
+    monkeypatch.setattr(gpu_write, "MAX_BLOCKS", 4)
+    staged = []
+
+    def stage(shape, dtype, of=plgpu.SMEM):
+        staged.append(shape)
+        return of(shape, dtype)
+
+    monkeypatch.setattr(plgpu, "SMEM", stage)
+    rows = [(1, 20), (real - 1, real + 30)]
+    q, k, v, cache, metadata = make_case(0, rows, heads=4, kv_heads=2, head_dim=64, page_size=16, tokens=tokens)
+    slots = metadata.write_slots[:real]
+    cache = cache.at[slots // 16, :, :, slots % 16].set(jnp.nan)  # what is to be written
+    _, expected = reference_of(q, k, v, cache, metadata, scale=0.1)
+    assert np.isnan(cache).sum() - np.isnan(expected)[1:].sum() >= real * 2 * 2 * 64
+    written = gpu_write.write(cache, jnp.concatenate([q, k, v], axis=1), 4, metadata, interpret=INTERPRET)
+    assert staged == [(chunk, 4, 64)] and tokens // chunk > 4
+    np.testing.assert_array_equal(np.asarray(written, np.float32)[1:], np.asarray(expected, np.float32)[1:])
 
 
 def test_group_of_seven_and_scales(capfd):
@@ -153,18 +198,20 @@ def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
 
 
 @pytest.mark.parametrize(
-    "head_dim,heads,kv_heads,page_size,decodes_only",
+    "head_dim,heads,kv_heads,page_size,tokens",
     [
-        (128, 32, 8, 64, False),
-        (128, 32, 8, 64, True),
-        (64, 14, 2, 16, True),
-        (256, 8, 4, 128, False),
-        (128, 8, 1, 64, True),  # a tensor-parallel shard of Llama 3.3 70B
-        (256, 4, 1, 64, False),  # Gemma 3 1B
+        (128, 32, 8, 64, 64),
+        (128, 32, 8, 64, 2112),  # a head a tile, and eight tokens a chunk of the write
+        (128, 32, 8, 64, 8),
+        (64, 14, 2, 16, 8),
+        (256, 8, 4, 128, 64),
+        (128, 8, 1, 64, 8),  # a tensor-parallel shard of Llama 3.3 70B
+        (256, 4, 1, 64, 64),  # Gemma 3 1B
     ],
 )
-def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, decodes_only):
-    rows, tokens = ([(1, 70)], 8) if decodes_only else ([(1, 70), (5, 9)], 64)
+def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, tokens):
+    decodes_only = tokens == 8
+    rows = [(1, 70)] if decodes_only else [(1, 70), (5, 9)]
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
     args = make_case(0, rows, tokens=tokens, decodes_only=decodes_only, **shape)
     run = functools.partial(

@@ -24,7 +24,7 @@ EVERYTHING = Case(LONGER, window=45, cap=2.0, sinks=True, scales=True)
 SMALL = {"decode_sizes": DecodeSizes(2, 16, 3, 1), "prefill_sizes": PrefillSizes(32, 16, 1, 16)}
 
 CASES = {name: case for name, case in SHARED.items() if case.page_size in tpu.PAGE_SIZES}
-IN_A_PLAIN_RUN = ("no rows", "decodes only, all at once", "a window far back", "heads of 96")
+IN_A_PLAIN_RUN = ("no rows", "decodes only, all at once", "a window far back", "heads of 96", "heads of 256")
 
 
 def lay_out(cache: np.ndarray) -> np.ndarray:

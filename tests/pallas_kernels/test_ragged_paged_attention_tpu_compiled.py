@@ -60,6 +60,8 @@ def compile_for(
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_llama(chip, batch):
     taken = compile_for(chip, **BATCHES[batch], **LLAMA)
+    megabytes = {name.removeprefix("ragged_paged_"): round(size / 1e6, 1) for name, size in taken.items()}
+    print(f"\n{chip}, {batch}: {megabytes}")  # for docs/tpu.md
     assert max(taken.values()) <= tpu_sizes.chips()[chip].vmem_limit_bytes
     wanted = tpu_sizes.Problem(BATCHES[batch]["tokens"], 8, 4, 64, 2048, 128, 256, 2, 2)
     device = tpu_sizes.chips()[chip]
@@ -69,23 +71,24 @@ def test_llama(chip, batch):
         assert taken["ragged_paged_prefill"] <= tpu_sizes.prefill_vmem(wanted, tpu_sizes.prefill_sizes(device, wanted))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "chip,case",
-    [
-        ("v5e", dict(tokens=192, num_heads=9, num_kv_heads=3, head_dim=64, page_size=16)),  # SmolLM2 135M
-        ("v6e", dict(tokens=256, num_heads=14, num_kv_heads=2, head_dim=64)),  # Qwen2.5 0.5B
-        ("v4", dict(tokens=512, num_heads=32, num_kv_heads=32, head_dim=96, page_size=32, width=128)),  # Phi-3 mini
-        ("v5p", dict(tokens=2048, num_heads=8, num_kv_heads=4, head_dim=256, page_size=128, window=4096, cap=50.0)),
-        ("tpu7x", dict(tokens=2048, num_heads=64, num_kv_heads=8, head_dim=64, window=128, sinks=True)),  # gpt-oss
-        ("v4", dict(tokens=2048, num_heads=71, num_kv_heads=1, head_dim=64, page_size=128)),  # Falcon 7B
-        ("v5e", dict(tokens=8192, num_heads=128, num_kv_heads=8, head_dim=128)),  # Llama 3.1 405B
-        ("v6e", dict(tokens=8, rows=8, num_heads=1, num_kv_heads=1, head_dim=64, num_pages=20)),
-        ("tpu7x", dict(tokens=33, rows=8, num_heads=5, num_kv_heads=5, head_dim=128, page_size=16, width=32768)),
-        ("v6e", dict(tokens=64, num_heads=4, num_kv_heads=2, head_dim=64, dtype=jnp.float32, num_pages=200)),
-        ("v4", dict(tokens=256, decodes_only=True, num_heads=4, num_kv_heads=2, head_dim=64, dtype=jnp.float32)),
-    ],
-)
+OPTIONS = [  # in a plain run, too
+    ("v5p", dict(tokens=2048, num_heads=8, num_kv_heads=4, head_dim=256, page_size=128, window=4096, cap=50.0)),
+    ("tpu7x", dict(tokens=2048, num_heads=64, num_kv_heads=8, head_dim=64, window=128, sinks=True)),  # gpt-oss
+]
+SHAPES = [
+    ("v5e", dict(tokens=192, num_heads=9, num_kv_heads=3, head_dim=64, page_size=16)),  # SmolLM2 135M
+    ("v6e", dict(tokens=256, num_heads=14, num_kv_heads=2, head_dim=64)),  # Qwen2.5 0.5B
+    ("v4", dict(tokens=512, num_heads=32, num_kv_heads=32, head_dim=96, page_size=32, width=128)),  # Phi-3 mini
+    ("v4", dict(tokens=2048, num_heads=71, num_kv_heads=1, head_dim=64, page_size=128)),  # Falcon 7B
+    ("v5e", dict(tokens=8192, num_heads=128, num_kv_heads=8, head_dim=128)),  # Llama 3.1 405B
+    ("v6e", dict(tokens=8, rows=8, num_heads=1, num_kv_heads=1, head_dim=64, num_pages=20)),
+    ("tpu7x", dict(tokens=33, rows=8, num_heads=5, num_kv_heads=5, head_dim=128, page_size=16, width=32768)),
+    ("v6e", dict(tokens=64, num_heads=4, num_kv_heads=2, head_dim=64, dtype=jnp.float32, num_pages=200)),
+    ("v4", dict(tokens=256, decodes_only=True, num_heads=4, num_kv_heads=2, head_dim=64, dtype=jnp.float32)),
+]
+
+
+@pytest.mark.parametrize("chip,case", [*OPTIONS, *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES)])
 def test_other_shapes(chip, case):
     """Odd groups, every head_dim and page size, wide page tables, float32; small caches, which XLA would like to hold
     in VMEM."""
