@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import compilation
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Before jax is imported by any test module.
@@ -25,26 +27,17 @@ with contextlib.suppress(ImportError):  # the environment of tests/clients has n
     hypothesis.settings.load_profile("jaxllm")
 
 
-# The suite waits for XLA:CPU's compiler more than for anything else. Without LLVM's optimization, and with XLA's older
-# emitters, which set up no MLIR context for each loop, it takes less than half the time.
-QUICK_COMPILATIONS = (
-    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """A plain run compiles quickly. What is compiled as for users: the slow tests, the README's example, and everything
+    """A plain run compiles quickly. What is compiled as for users: the slow tests, the default model, and everything
     where XLA_FLAGS is set, be it to nothing."""
     if config.option.markexpr == "not slow":
-        os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATIONS)
+        os.environ.setdefault("XLA_FLAGS", compilation.QUICK)
 
 
 @pytest.fixture
 def as_users_compile(monkeypatch) -> None:
     """Processes that the test starts compile as those of users do."""
-    if os.environ.get("XLA_FLAGS") == QUICK_COMPILATIONS:
-        monkeypatch.delenv("XLA_FLAGS")
+    compilation.as_users(monkeypatch)
 
 
 # Files whose tests take long each: they run first, so that none begins when the other worker has nothing left to do,

@@ -30,7 +30,7 @@ def run(name: str, monkeypatch) -> tuple[list[str], list[str]]:
     return [cell.source for cell in cells], printed
 
 
-def test_quickstart(monkeypatch):
+def test_quickstart(monkeypatch, as_users_compile):
     _, printed = run("quickstart.ipynb", monkeypatch)
     _, _, completions, streamed, reply, seeds, samples, speed = printed
     assert "Paris" in completions
@@ -41,7 +41,7 @@ def test_quickstart(monkeypatch):
     assert len(re.findall(r"[\d.]+ tokens/s", speed)) == 3
 
 
-def test_tpu_vm(monkeypatch):
+def test_tpu_vm(monkeypatch, as_users_compile):
     (install, *_), printed = run("tpu_vm.ipynb", monkeypatch)
     _, devices, ready, labels, stats = printed
     assert 'EXTRA = "tpu"' in install and "WARNING: JAX sees no TPU" in devices
@@ -49,7 +49,7 @@ def test_tpu_vm(monkeypatch):
     assert re.search(r"late_compilations +0", stats)
 
 
-def test_colab(monkeypatch):
+def test_colab(monkeypatch, as_users_compile):
     _, printed = run("colab.ipynb", monkeypatch)
     found, device, answers, alternatives, samples = printed
     assert found.startswith("This runtime has ") and "WARNING" in device

@@ -38,8 +38,7 @@ WideLogprobs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def begin_read(array: jax.Array) -> None:
     """Begins the copy to the host of what `Device.read` will be asked for. On a CPU there is nothing to copy, and JAX
     would take the GIL once the array is there: in a program that is ending, that aborts it."""
-    device: Any = next(iter(array.sharding.device_set))
-    if device.platform != "cpu":
+    if jax.default_backend() != "cpu":
         array.copy_to_host_async()
 
 

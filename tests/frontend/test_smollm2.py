@@ -1,17 +1,20 @@
-"""The default model end to end: real weights, real text."""
+"""The default model end to end: real weights, real text, compiled as for users."""
 
 import json
 
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from tests import compilation
 from tests.smollm2 import SIZES
 
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM("smollm2", warm_up=False, **SIZES) as llm:
-        yield llm
+    with pytest.MonkeyPatch.context() as patch:
+        compilation.as_users(patch)
+        with LLM("smollm2", warm_up=False, engine_process=True, **SIZES) as llm:
+            yield llm
 
 
 @pytest.fixture(scope="module")
