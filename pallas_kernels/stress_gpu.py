@@ -5,8 +5,8 @@
 Interpreters run wgmma at once, so that they miss a wait that is missing; only the device shows it. Attention is checked
 by `ragged_paged_attention.stress_gpu`, whose kinds of batch are dealt to the processes, then come the kernels below,
 and where there are several GPUs `all_reduce_rms_norm.stress_gpu`. The kernels below go through their shapes in turn
-until the time is over, each of them once at least: outputs lie where NaN was before, an input's last rows are NaN in
-every other round, and calls are repeated, with other work between them, and must give the same bits.
+until the time is over, each of them once at least: outputs are likely to lie where NaN was before, an input's last rows
+are NaN in every other round, and calls are repeated, with other work between them, and must give the same bits.
 """
 
 import argparse
