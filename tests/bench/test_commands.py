@@ -5,6 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from jaxllm.bench.facts import gather
+from jaxllm.bench.floor import Ceilings
+from jaxllm.bench.page import BEGIN, END
+from jaxllm.bench.results import path_of, save
 from jaxllm.bench.throughput import choose_workloads, run_throughput
 from jaxllm.cli.app import app
 from jaxllm.errors import ConfigError, InvalidRequestError
@@ -121,3 +125,31 @@ def test_refusals_come_before_work(tiny_flags, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jaxllm\[bench\]'"):
         run("throughput", "static_batch_1", "--plot", "x.png", *tiny_flags)
+
+
+def test_all_writes_the_page_of_its_results(tmp_path, monkeypatch):
+    """After the parts; a page that cannot be written is refused before them."""
+    page, output, runs = tmp_path / "page.md", tmp_path / "results", []
+    facts = gather("any", {}, device="a device", num_devices=1, dtype="float32", commit="0123456789")
+
+    def run_suite(suite, say, done):
+        runs.append(suite)
+        output.mkdir()
+        save(path_of(output, facts, "ceilings"), "ceilings", facts, [Ceilings(2e12, 3e14)])
+        return []
+
+    monkeypatch.setattr("jaxllm.bench.suite.run_suite", run_suite)
+    command = ["all", "--output", output, "--page", page]
+    with pytest.raises(ConfigError, match=r"--page: .*page\.md"):
+        run(*command)
+    page.write_text("no marks")
+    with pytest.raises(ConfigError, match="the page must have the lines"):
+        run(*command)
+    with pytest.raises(ConfigError, match="--plots needs --page"):
+        run("all", "--output", output, "--plots", tmp_path)
+    assert not runs
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    assert str(page) in run(*command)
+    text = page.read_text()
+    assert len(runs) == 1 and text.startswith("before\n") and text.endswith("after\n")
+    assert "## a device: any, float32" in text and "| a device | 2,000 | 300 |" in text

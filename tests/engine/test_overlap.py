@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import pytest
 
@@ -138,6 +139,17 @@ def test_a_closed_engine_says_so(own):
     for use in (lambda: own.generate([5], GREEDY), own.stats, lambda: list(stream)):
         with pytest.raises(EngineDeadError, match="closed"):
             use()
+
+
+def test_the_hosts_work_is_counted_without_its_waiting(own, monkeypatch):
+    own.generate([5, 6, 7], GREEDY)
+    device = own._client._core.runner.device
+    read = device.read
+    monkeypatch.setattr(device, "read", lambda *arrays: (time.sleep(0.05), read(*arrays))[1])
+    before = own.stats()["host_seconds"], time.perf_counter()
+    own.generate([5, 6, 7], GREEDY)
+    worked, passed = own.stats()["host_seconds"] - before[0], time.perf_counter() - before[1]
+    assert 0 < worked < passed - 10 * 0.05  # ten steps were read
 
 
 def test_a_rehearsal_runs_everything_and_changes_nothing(own):
