@@ -15,7 +15,7 @@ from jaxllm.checkpoint.orbax_source import OrbaxCheckpoint
 from jaxllm.checkpoint.safetensors_source import SafetensorsCheckpoint
 from jaxllm.config import EngineConfig
 from jaxllm.core.expected import Expected
-from jaxllm.engine import platform
+from jaxllm.engine import autotuning, platform
 from jaxllm.engine.compile import Executables, use_compilation_cache
 from jaxllm.engine.core import EngineCore
 from jaxllm.engine.device import Device
@@ -189,6 +189,8 @@ def _build(
         model.config.tensor_shards,
         stream_axis(mesh, plan.backend, config),
     )
+    if jax.default_backend() == "gpu":
+        autotuning.seed(config.cache_directory, jax.devices()[0].device_kind)
     threads = max(2, min(8, (os.cpu_count() or 2) // 2))
     others = lowering_processes(plan, threads)
     lowering = SharedLowering(shape, plan, abstract_leaves(model, mesh), mesh, others)
