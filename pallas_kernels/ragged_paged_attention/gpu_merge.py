@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gpu_common import NO_MAXIMUM
-from .gpu_plan import BEGIN, PLACE, RUN, TILES, DecodePlan, streams_of, tile_cost
+from .gpu_plan import BEGIN, PLACE, RUN, TILES, DecodePlan, streams_of
 
 BLOCKS = 16  # that run on a multiprocessor together
 
@@ -48,8 +48,7 @@ def _merge_body(
 
     def parts_of(item, head, number):
         """(how many parts a pair has, the number of its i-th part)"""
-        cost = tile_cost(item, num_runs)
-        first, last = streams_of(items_ref[item, BEGIN], items_ref[item, TILES], head, cost, length)
+        first, last = streams_of(items_ref[item, BEGIN], items_ref[item, TILES], head, length)
         more = last - first
 
         def part(i):

@@ -14,11 +14,11 @@ from pallas_kernels.ragged_paged_attention.gpu_plan import (
     BEGIN,
     FIRST,
     NEXT,
+    PAIR_COST,
     TILES,
     decode_plan,
     prefill_plan,
     streams_of,
-    tile_cost,
 )
 from pallas_kernels.ragged_paged_attention.gpu_prefill import PrefillConfig
 from pallas_kernels.ragged_paged_attention.stress_gpu import make_case, make_metadata, relative_error
@@ -267,8 +267,7 @@ def walk(plan, kv_heads) -> list[tuple[int, int]]:
     for pair, streams in holders.items():
         item, head = divmod(pair, kv_heads)
         begin, tiles = plan.items[item, [BEGIN, TILES]]
-        cost = np.int32(tile_cost(item, num_runs))
-        first, last = streams_of(begin, tiles, np.int32(head), cost, plan.counts[0])
+        first, last = streams_of(begin, tiles, np.int32(head), plan.counts[0])
         assert streams == list(range(int(first), int(last) + 1))
     return seen
 
@@ -290,6 +289,28 @@ def test_decode_plan_covers_every_tile_once(seed):
         for tile_index in range((max(0, kv_len - window) if window else 0) // tile, -(-kv_len // tile))
     ]
     assert seen == expected
+
+
+@pytest.mark.parametrize("share", [0, 4])
+def test_streams_have_as_much_to_do_with_ragged_rows(share):
+    """Tiles that they read and pairs that they end, counted together, differ by a tile and a pair at either end."""
+    rng, kv_heads, streams = np.random.default_rng(0), 8, 264
+    lens = [int(n) for n in rng.integers(64, 705, 256)]
+    metadata = make_metadata(
+        rng, [(1, n) for n in lens], page_size=64, num_pages=2200, tokens=256, max_rows=256, decodes_only=True
+    )
+    plan = jax.tree.map(np.asarray, decode_plan(metadata, kv_heads, streams, 64, None, page_size=64, shared_rows=share))
+    num_runs, loads = len(plan.items) - len(plan.order), []
+    assert num_runs == (128 if share else 0) and not plan.items[:num_runs, TILES].any()
+    for pair, offset, count, segments in plan.streams:
+        load = count
+        for _ in range(segments):
+            tiles = plan.items[pair // kv_heads, TILES]
+            here = min(tiles - offset, count)
+            load += PAIR_COST * (offset + here == tiles)
+            pair, offset, count = pair + 1, 0, count - here  # every row has keys
+        loads.append(load)
+    assert max(loads[:-1]) - min(loads[:-1]) <= 2 * (1 + PAIR_COST) and loads[-1] <= max(loads[:-1])
 
 
 @pytest.mark.parametrize("seed", range(5))
