@@ -37,6 +37,7 @@ class BusyResult:
       padded_share: share of the steps' tokens that was padding.
       host_seconds: of the engine's loop a step in the run without the profiler, JAX's calls that launch it included,
         waiting for the device left out; None in results of before it was counted.
+      launch_seconds: of these, what JAX's calls took.
       kernels: those that took longest.
     """
 
@@ -51,6 +52,7 @@ class BusyResult:
     padded_share: float
     kernels: list[Kernel]
     host_seconds: float | None = None
+    launch_seconds: float | None = None
 
 
 def measure_busy(session: Session, name: str) -> BusyResult:
@@ -83,4 +85,5 @@ def measure_busy(session: Session, name: str) -> BusyResult:
         padded_share=figures.padded_share,
         kernels=kernels[:TOP],
         host_seconds=quiet.host_seconds / quiet.steps,
+        launch_seconds=quiet.launch_seconds / quiet.steps,
     )

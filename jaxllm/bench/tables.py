@@ -308,6 +308,7 @@ def busy(facts: Facts, results: Sequence[BusyResult]) -> list[Table]:
         "padding",
         "steps",
         "host's work a step, ms",
+        "of it in launches",
     ]
     rows = [
         [
@@ -320,13 +321,15 @@ def busy(facts: Facts, results: Sequence[BusyResult]) -> list[Table]:
             share(r.padded_share),
             count(r.steps),
             fixed(r.host_seconds, 3, 1e3),
+            fixed(r.launch_seconds, 3, 1e3),
         ]
         for r in results
     ]
     notes = [
         "Busy is the time in which at least one kernel or copy ran in the run under the profiler: its share of that "
         "run's seconds, and of those of the run before it without the profiler, which slows the host more than "
-        "kernels. The host's work is that of the run without it, launches included, waiting for the device left out."
+        "kernels. The host's work is that of the run without it, waiting for the device left out; launches are JAX's "
+        "calls, which end when XLA has passed all kernels on."
     ]
     tables = [Table("Busy device", columns, rows, notes)]
     for r in results:

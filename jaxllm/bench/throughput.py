@@ -46,7 +46,7 @@ class ThroughputResult:
 @dataclasses.dataclass
 class Figures:
     """By how much the engine's counters grew over a run, as in `ThroughputResult`; `host_seconds`: what the engine's
-    loop worked itself, launches included."""
+    loop worked itself, of which `launch_seconds` in JAX's calls that launch steps."""
 
     steps: int
     padded_share: float
@@ -54,6 +54,7 @@ class Figures:
     preemptions: int
     prefix_hit_tokens: int
     host_seconds: float
+    launch_seconds: float
 
 
 def workload(name: str, vocab_size: int, num_requests: int | None = None) -> Workload:
@@ -156,4 +157,5 @@ def run_once(session: Session, requests: Workload) -> tuple[float, Figures]:
         preemptions=grown["preemptions"],
         prefix_hit_tokens=grown["prefix_hit_tokens"],
         host_seconds=grown["host_seconds"],
+        launch_seconds=grown["launch_seconds"],
     )

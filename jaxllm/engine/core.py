@@ -208,6 +208,7 @@ class EngineCore:
             "step_seconds": self._figures.seconds.json(),
             "step_tokens": self._figures.tokens.json(),
             "host_seconds": self._figures.host_seconds,
+            "launch_seconds": runner.seconds_launching,
         }
 
     def utility_reset_prefix_cache(self) -> None:

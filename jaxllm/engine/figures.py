@@ -40,8 +40,8 @@ class StepFigures:
       seconds: of each step, from its launch, or from the end of the step before if that was later, until its tokens
         were read. So their sum is the time in which a step was under way.
       tokens: that each step computed, padding left out, over all ranks.
-      host_seconds: what the loop's own work took in all, JAX's calls that launch steps included, waiting for the device
-        left out.
+      host_seconds: what the loop's own work took in all, JAX's calls that launch steps included (see
+        `Runner.seconds_launching`), waiting for the device left out.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,12 @@
 """From batches to steps and back: which executables a batch needs, what the device does not know yet, what came out."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -63,6 +64,7 @@ class Runner:
 
     Attributes:
       seconds_waited: for steps' outputs, in all.
+      seconds_launching: in JAX's calls that launch forward passes and samplers and begin the copies back, in all.
     """
 
     def __init__(self, plan: EnginePlan, shape: StepShape, device: Device, num_ranks: int):
@@ -73,7 +75,7 @@ class Runner:
         self._needs = [np.zeros(plan.scheduler.max_num_seqs, np.uint8) for _ in range(self.num_ranks)]  # see _need_of
         self.row_rungs = row_rungs(plan.scheduler.max_num_seqs, plan.decode_rungs)
         self.num_steps = self.num_scheduled_tokens = self.num_padded_tokens = 0
-        self.seconds_waited = 0.0
+        self.seconds_waited = self.seconds_launching = 0.0
 
     @property
     def executables(self) -> Executables:
@@ -101,7 +103,8 @@ class Runner:
             self.layout.pack(batch, at, params) for batch, at, params in zip(batches, slots, self._params, strict=True)
         ]
         forward = self._forward_key(batches, all_hidden=bool(need & _WIDE) and scores_prompts(batches))
-        self.device.forward(forward, parts)
+        with self._launching():
+            self.device.forward(forward, parts)
         self.num_steps += 1
         self.num_scheduled_tokens += sum(batch.num_tokens for batch in batches if batch is not None)
         self.num_padded_tokens += forward.num_tokens * self.num_ranks
@@ -114,18 +117,25 @@ class Runner:
         """Samples what a launched step has computed; `masks` are those of its rows under a grammar."""
         assert launched.output is None, "a step samples once"
         launched.masks = masks
-        if masks is not None:
-            self.device.write_masks(masks.slots, masks.words)
         key = self._sample_key(launched.num_rows, launched.need)
         launched.num_rows = key.num_rows
-        launched.output = output = self.device.sample(key)
-        begin_read(output)
+        with self._launching():
+            if masks is not None:
+                self.device.write_masks(masks.slots, masks.words)
+            launched.output = output = self.device.sample(key)
+            begin_read(output)
         if launched.need & _WIDE:
             sizes = WideSizes(key.num_rows, self.plan.scheduler.max_num_seqs, launched.num_tokens, self.vocab_size)
             launched.wide = launch_wide(self.device, launched.batches, output, sizes)
         if launched.need & _POOLING:
             slots = self.plan.scheduler.max_num_seqs
             launched.pooling = launch_pooling(self.device, launched.batches, slots)
+
+    @contextlib.contextmanager
+    def _launching(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds_launching += time.perf_counter() - begin
 
     def rehearse(self) -> None:
         """Runs steps and samplers that are compiled twice, on no rows: an executable's first runs load its kernels and

@@ -89,7 +89,7 @@ def test_what_the_parts_found(everything):
     assert traced.workload == "cpu_ragged" and 0 < traced.busy_seconds <= traced.kernel_seconds
     assert 0 < traced.busy_share <= 1 and 0 <= traced.padded_share < 1 and traced.steps > 64
     assert len({kernel.name for kernel in traced.kernels}) == len(traced.kernels) and traced.busy_share_untraced is None
-    assert 0 < traced.host_seconds * traced.steps < traced.seconds
+    assert 0 < traced.launch_seconds < traced.host_seconds and traced.host_seconds * traced.steps < traced.seconds
     assert sum(kernel.seconds for kernel in traced.kernels) <= traced.kernel_seconds * (1 + 1e-9)
     assert traced.kernels == sorted(traced.kernels, key=lambda kernel: -kernel.seconds)
     (rate,) = found["serve"]

@@ -146,10 +146,13 @@ def test_the_hosts_work_is_counted_without_its_waiting(own, monkeypatch):
     device = own._client._core.runner.device
     read = device.read
     monkeypatch.setattr(device, "read", lambda *arrays: (time.sleep(0.05), read(*arrays))[1])
-    before = own.stats()["host_seconds"], time.perf_counter()
+    sample = device.sample
+    monkeypatch.setattr(device, "sample", lambda key: (time.sleep(0.01), sample(key))[1])
+    before, begin = own.stats(), time.perf_counter()
     own.generate([5, 6, 7], GREEDY)
-    worked, passed = own.stats()["host_seconds"] - before[0], time.perf_counter() - before[1]
-    assert 0 < worked < passed - 10 * 0.05  # ten steps were read
+    after, passed = own.stats(), time.perf_counter() - begin
+    worked, launching = (after[name] - before[name] for name in ("host_seconds", "launch_seconds"))
+    assert 10 * 0.01 < launching < worked < passed - 10 * 0.05  # ten steps were launched and read
 
 
 def test_a_rehearsal_runs_everything_and_changes_nothing(own):
