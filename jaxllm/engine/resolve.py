@@ -108,10 +108,9 @@ def _backend_for(config: EngineConfig, model: CausalLM, dtype) -> str:
         return backend
     from pallas_kernels.ragged_paged_attention import gpu  # Pallas takes time to import
 
-    heads = model.config.num_attention_heads // model.config.tensor_shards
     for layer in model.layer_caches():
         spec = CacheSpec(1, config.page_size, layer.num_kv_heads, layer.head_dim, dtype)
-        if (lacking := gpu.lacks(spec, heads)) is None:
+        if (lacking := gpu.lacks(spec)) is None:
             continue
         if config.attention_backend is not None:
             raise ConfigError(f"attention_backend='gpu': {lacking}, is not supported; 'xla' takes it")

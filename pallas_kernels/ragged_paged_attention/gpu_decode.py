@@ -5,6 +5,9 @@ warpgroup keeps the streams' rings of key and value tiles full by TMA. The query
 first rows of a wgmma tile of 64. Where a run of rows shares its first keys, the queries of all those rows fill the tile
 (cascade attention, Ye et al. 2024) and meet the keys once. Pairs that several streams share, and rows of runs, leave
 partial results, which `gpu_merge` joins.
+
+A key-value head with too many query heads for that counts as several here, in the plan and in the merge: each has a
+group of the query heads and reads the same keys (`splits`).
 """
 
 import dataclasses
@@ -106,10 +109,10 @@ def weighted_sum(acc: jax.Array, weights: jax.Array, values_ref, interpret) -> j
     return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
-def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
+def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig, splits: int):
     """Fills the rings of the block's streams, a tile of each in turn."""
     items, tile, slots = ins.plan.items, config.tile, config.slots
-    num_kv_heads = ins.cache.shape[2]
+    num_kv_heads = ins.cache.shape[2] * splits
     streams = [i * config.blocks + lax.axis_index("block") for i in range(config.consumers)]
     counts = [ins.plan.streams[stream, 2] for stream in streams]
 
@@ -125,6 +128,7 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
         for i, (count, cursor) in enumerate(zip(counts, cursors)):
             pair, offset, tiles, next_item, key, end, *pages = cursor
             head = lax.rem(pair, num_kv_heads)
+            cache_head = head if splits == 1 else lax.div(head, splits)
             ended = offset + 1 >= tiles
             next_pair = jnp.where(head + 1 == num_kv_heads, next_item * num_kv_heads, pair + 1)
             following.append(aim(jnp.where(ended, next_pair, pair), jnp.where(ended, 0, offset + 1)))
@@ -139,7 +143,7 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
                         plgpu.barrier_wait(scratch.emptied.at[slot])
 
                     target, filled = scratch.ring.at[slot], scratch.filled.at[slot]
-                    copy_tile(ins.cache, pages, key, head, part, target, filled, end, config.grain)
+                    copy_tile(ins.cache, pages, key, cache_head, part, target, filled, end, config.grain)
 
         return tuple(following)
 
@@ -154,11 +158,12 @@ def _produce(ins: _Inputs, scratch: _Scratch, config: DecodeConfig):
 
 def _consume(
     ins: _Inputs, outs: _Outputs, scratch: _Scratch,
-    *, config: DecodeConfig, group: int, shared_rows: int, window: int | None, cap: float | None, interpret,
+    *, config: DecodeConfig, group: int, splits: int, shared_rows: int, window: int | None, cap: float | None,
+    interpret,
 ):  # fmt: skip
     """Computes one stream. `scratch` holds this warpgroup's part but for the ring and its barriers."""
     plan, items, tile, slots = ins.plan, ins.plan.items, config.tile, config.slots
-    num_kv_heads, head_dim = ins.cache.shape[2], ins.cache.shape[5]
+    num_kv_heads, head_dim = ins.cache.shape[2] * splits, ins.cache.shape[5]
     columns, half = min(head_dim, 128), min(head_dim, 128) // 2  # of an accumulator and of a stored part
     num_runs = items.shape[0] - plan.order.shape[0]
     worker = lax.axis_index("wg")
@@ -371,6 +376,7 @@ def decode(
     scales: jax.Array,
     *,
     group: int,
+    splits: int,
     window: int | None,
     cap: float | None,
     sinks: jax.Array | None,
@@ -384,22 +390,26 @@ def decode(
     Args:
       qkv: [T, num_heads + 2 * num_kv_heads, head_dim], queries, keys and values; row r's token is token r.
       cache: [num_pages, 2, num_kv_heads, page_size, head_dim].
-      group: query heads a key-value head.
+      group: query heads that meet keys together.
+      splits: groups a key-value head.
       scales: float32[2], what the scores and what the output are multiplied by.
       new_slots: where this step's keys and values go (see AttentionMetadata.write_slots), if they are not in the cache
-        yet; all rows must be decode rows. None: they are there.
+        yet; all rows must be decode rows, and `splits` be 1: no group may read what another writes. None: they are
+        there.
       then: the weight of the product that follows, to be prefetched (see `gpu_prefetch.is_worth_it`).
 
     Returns:
       out, [T * num_heads, head_dim], of which only decode rows' results are written; the cache, with what is new; the
       parts of the rows' own keys, and of those that they share, if any may; the plan.
     """
-    num_kv_heads, page_size, head_dim = cache.shape[2:]
+    assert new_slots is None or splits == 1
+    num_kv_heads, page_size, head_dim = cache.shape[2] * splits, *cache.shape[3:]
     num_rows, streams, consumers, tile = metadata.kv_lens.shape[0], config.streams, config.consumers, config.tile
     own_rows = part_rows(group, head_dim)
     shared_rows = 0
     if window is None and num_rows >= config.share_from:
         shared_rows = min(32, (ROWS - (own_rows - group)) // group)
+        shared_rows = shared_rows if shared_rows > 1 else 0  # a row alone shares nothing
     plan = decode_plan(metadata, num_kv_heads, streams, tile, window, page_size=page_size, shared_rows=shared_rows)
     num_runs = plan.items.shape[0] - num_rows
 
@@ -413,14 +423,14 @@ def decode(
     if num_runs:
         out_types += part_types(num_runs, ROWS)
     ring = consumers * config.slots
-    q_copied = max(8 * pl.cdiv(group, 8), 8 * 256 // head_dim)  # rows: four warps copy at least a (8, 64) tile each
+    copied = 8 * 256 // head_dim  # rows at once: four warps copy a (8, 64) tile each
     keys = min(page_size, tile)  # a copy
     staging = (
         plgpu.SMEM((consumers, ROWS, head_dim), qkv.dtype),
         plgpu.SMEM((consumers, ROWS, min(head_dim, 128) // 2), jnp.float32),
     )
     scratch_types = (
-        plgpu.SMEM((consumers, q_copied, head_dim), qkv.dtype),
+        plgpu.SMEM((consumers, copied * pl.cdiv(group, copied), head_dim), qkv.dtype),
         tiled((consumers, ROWS, head_dim), qkv.dtype),
         staging if interpret else plgpu.RefUnion(*staging),  # the interpreter takes two warpgroups' parts for one
         plgpu.SMEM((consumers, ROWS), jnp.float32),
@@ -450,7 +460,7 @@ def decode(
         @pl.when(worker == consumers)
         def _():
             plgpu.set_max_registers(56, action="decrease")
-            _produce(ins, scratch, config)
+            _produce(ins, scratch, config, splits)
 
         @pl.when(worker < consumers)
         def _():
@@ -461,8 +471,8 @@ def decode(
                 if name not in ("ring", "filled", "emptied")
             }
             _consume(
-                ins, outs, scratch._replace(**mine), config=config, group=group, shared_rows=shared_rows,
-                window=window, cap=cap, interpret=interpret,
+                ins, outs, scratch._replace(**mine), config=config, group=group, splits=splits,
+                shared_rows=shared_rows, window=window, cap=cap, interpret=interpret,
             )  # fmt: skip
 
     results = plgpu.kernel(

@@ -27,12 +27,15 @@ from .types import AttentionMetadata
 
 LAYERS = 32
 SHAPES = ((32, 8, 128), (28, 4, 128), (8, 8, 64), (16, 1, 64), (8, 4, 256), (64, 8, 64), (32, 32, 96))
+# Decode splits the last two, of 64 and 71 heads, 71 with a head of zeros.
+LARGE_GROUPS = ((17, 1, 128), (48, 1, 256), (64, 1, 128), (142, 2, 64))
 FEATURES = ((), ("window",), ("cap",), ("sinks",), ("window", "cap", "sinks", "scales"))
 SIZES = {"decodes": (33, 33), "mixed": (160, 17), "few decodes": (6, 6)}  # tokens and rows, padding included
 # (query heads, key-value heads, head_dim), a name of SIZES, what attention has besides. Few decodes prefetch a weight.
 KINDS = (
     *itertools.product(SHAPES, ("decodes", "mixed"), FEATURES),
     *itertools.product(SHAPES, ("few decodes",), (FEATURES[0], FEATURES[-1])),
+    *itertools.product(LARGE_GROUPS, ("decodes", "mixed"), (FEATURES[0], FEATURES[-1])),
 )
 
 

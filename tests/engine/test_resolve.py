@@ -41,6 +41,8 @@ def test_the_kernels_take_what_they_can(plan, caplog):
     with caplog.at_level(logging.WARNING):
         assert plan().backend == "gpu"
         assert plan(num_attention_heads=14).backend == "gpu"  # a group of seven
+        assert plan(num_attention_heads=34).backend == "gpu"  # of seventeen
+        assert plan(num_attention_heads=71, num_key_value_heads=1).backend == "gpu"
         assert plan(head_dim=96).backend == "gpu"
     assert "plain XLA" not in caplog.text
 
@@ -48,7 +50,6 @@ def test_the_kernels_take_what_they_can(plan, caplog):
 @pytest.mark.parametrize(
     ("lacking", "fields"),
     [
-        ("17 query heads a key-value head, above 16", dict(num_attention_heads=34)),
         ("head_dim 512, above 256", dict(head_dim=512)),
         ("a cache of float32, not bfloat16", dict(dtype="float32")),
     ],

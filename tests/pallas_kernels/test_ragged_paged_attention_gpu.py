@@ -1,6 +1,7 @@
 """The Hopper kernels under Pallas' GPU interpreter with race detection, and their lowering for CUDA."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,41 @@ def test_shared_pages_of_a_mixed_batch(capfd):
     run_and_compare(capfd, rows, heads=3, page_size=32, tokens=64, cap=5.0, prefixes=prefixes, blocks=1)
 
 
+@pytest.mark.parametrize(
+    "group,split",
+    [(1, (1, 1)), (17, (1, 17)), (48, (1, 48)), (49, (2, 25)), (64, (2, 32)), (71, (2, 36)), (128, (3, 43))],
+)
+def test_large_groups_are_split_evenly(group, split):
+    assert gpu.split_group(group) == split
+
+
+def test_a_group_of_seventeen_in_decodes(capfd):
+    options = {"window": 33, "cap": 5.0, "sinks": True, "k_scale": jnp.float32(0.5), "v_scale": jnp.float32(3.0)}
+    run_and_compare(capfd, [(1, 150), (1, 20)], heads=17, page_size=16, tokens=3, decodes_only=True, **options)
+
+
+def test_groups_that_are_split_in_a_mixed_batch(capfd):
+    """One of 71 query heads, of 36 each with one of zeros."""
+    run_and_compare(capfd, [(1, 150), (1, 1), (5, 70)], heads=71, pack=8, tokens=16, sinks=True)
+
+
+def test_groups_that_are_split_share_first_pages(capfd):
+    """Two key-value heads with two groups of 25 each, runs of two rows, which are as many as the tile has space for."""
+    rows, prefixes = [(1, 520), (1, 600)] + [(1, 20)] * 5, [("a", 8)] * 2 + [("b", 0)] * 5
+    options = {"heads": 98, "kv_heads": 2, "tokens": 8, "decodes_only": True, "sinks": True, "prefixes": prefixes}
+    run_and_compare(capfd, rows, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group", [17, 24, 32, 48, 64, 71])
+@pytest.mark.parametrize("decodes_only", [True, False])
+def test_large_groups(capfd, head_dim, group, decodes_only):
+    rows = [(1, 130), (1, 64), (1, 1)] + [(33, 70), (2, 2)] * (not decodes_only)
+    shape = {"heads": 2 * group, "kv_heads": 2, "head_dim": head_dim, "decodes_only": decodes_only}
+    run_and_compare(capfd, rows, tokens=4 if decodes_only else 64, pack=1 if group == 17 else 8, sinks=True, **shape)
+
+
 def test_decodes_only_without_rows(capfd):
     run_and_compare(capfd, [], **DECODES)
 
@@ -197,6 +233,10 @@ def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
     )
 
 
+# Falcon 7B's heads as decodes and in a mixed batch, a group that fills no whole tiles, and one that is split in two.
+QUICK_LARGE_GROUPS = ((64, 71, 1, 64, 8), (64, 71, 1, 64, 64), (128, 17, 1, 64, 8), (128, 64, 1, 64, 8))
+
+
 @pytest.mark.parametrize(
     "head_dim,heads,kv_heads,page_size,tokens",
     [
@@ -207,6 +247,10 @@ def test_shapes(capfd, head_dim, page_size, heads, kv_heads, pack):
         (256, 8, 4, 128, 64),
         (128, 8, 1, 64, 8),  # a tensor-parallel shard of Llama 3.3 70B
         (256, 4, 1, 64, 64),  # Gemma 3 1B
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK_LARGE_GROUPS))
+            for case in itertools.product((64, 128, 256), (17, 48, 64, 71), (1,), (64,), (8, 64))
+        ),
     ],
 )
 def test_lowers_for_cuda(head_dim, heads, kv_heads, page_size, tokens):
@@ -244,9 +288,6 @@ def test_refuses_what_it_lacks():
         gpu.cache_shape(CacheSpec(2, 16, 1, 64, jnp.float8_e4m3fn))
     with pytest.raises(ValueError, match="head_dim 512"):
         gpu.cache_shape(CacheSpec(2, 16, 1, 512, jnp.bfloat16))
-    args = make_case(0, [(1, 4)], heads=17, kv_heads=1, head_dim=64, page_size=16)
-    with pytest.raises(ValueError, match="17 query heads"):
-        gpu.ragged_paged_attention(*args, scale=1.0)
 
 
 def walk(plan, kv_heads) -> list[tuple[int, int]]:
