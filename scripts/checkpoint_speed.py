@@ -200,6 +200,7 @@ def main() -> None:
                 forget(of)
             cached[name].append(cached_share(of))
             times[name].append(seconds(run))
+            print(f"round {turn + 1}: {name} {size / 1e9 / times[name][-1]:.2f} GB/s", flush=True)
     speeds = {name: [size / 1e9 / found for found in of] for name, of in times.items()}
     for name, found in speeds.items():
         spread = f"{min(found):.2f} to {max(found):.2f}"
