@@ -44,6 +44,7 @@ class Suite:
       parts: some of `PARTS`.
       workloads: for throughput; none means all of this kind of device that fit.
       runs: of each workload, of which the fastest counts.
+      busy: workloads that run under the profiler; none means decode_heavy, on a CPU cpu_ragged.
       serve: what arrives.
       warm_up: compile everything before measuring.
       commit: see `jaxllm.bench.facts.gather`.
@@ -59,6 +60,7 @@ class Suite:
     parts: Sequence[str] = PARTS
     workloads: Sequence[str] = ()
     runs: int = 2
+    busy: Sequence[str] = ()
     serve: ServeWork = dataclasses.field(default_factory=lambda: ServeWork(rates=(4.0, 12.0, 20.0, 28.0), runs=3))
     warm_up: bool = True
     commit: str | None = None
@@ -68,7 +70,7 @@ class Suite:
         for part in self.parts:
             if part not in PARTS:
                 raise InvalidRequestError("only", part, f"must be one of {', '.join(PARTS)}")
-        for name in self.workloads:
+        for name in (*self.workloads, *self.busy):
             workload(name, 1000)
 
 
@@ -198,8 +200,10 @@ class _Run:
             remember("throughput")
         if "busy" in suite.parts:
             with self.part("busy") as keep:
-                name = "cpu_ragged" if _on_cpu() else "decode_heavy"
-                keep(facts, [measure_busy(session, name)])
+                traced = []
+                for name in suite.busy or ["cpu_ragged" if _on_cpu() else "decode_heavy"]:
+                    traced.append(measure_busy(session, name))
+                    keep(facts, traced)
         if "serve" in suite.parts:
             with self.part("serve") as keep:
                 asyncio.run(_serve(session, suite.serve, lambda results: keep(facts, results)))

@@ -293,6 +293,10 @@ def every(
         list[str] | None, typer.Option(help="for throughput; may be given again (default: all that fit)")
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="runs of each workload; the fastest counts")] = 2,
+    busy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORKLOAD", help="for busy; may be given again (default: decode_heavy, or cpu_ragged)"),
+    ] = None,
     serve_runs: Annotated[int, typer.Option(min=1, help="runs at each rate; medians are shown")] = 3,
     page: Page = None,
     plots: Plots = None,
@@ -318,6 +322,7 @@ def every(
         parts=parts or PARTS,
         workloads=workload or (),
         runs=runs,
+        busy=busy or (),
         serve=_work(arrivals, [4.0, 12.0, 20.0, 28.0], serve_runs),
         warm_up=options.compile_first,
         commit=options.commit,

@@ -24,6 +24,7 @@ from jaxllm.errors import ConfigError, InvalidRequestError
 ROOT = Path(__file__).resolve().parents[2]
 ONLINE = ("--rate", "200", "--num-requests", "3", "--mean-in", "16", "--mean-out", "8", "--serve-runs", "2")
 SMALL = ("--workload", "static_batch_1", "--runs", "1", *ONLINE)
+BUSY = ("--busy", "static_batch_1", "--busy", "cpu_ragged")
 HERE = [part for part in suite.PARTS if part != "start"]  # in this process
 
 
@@ -42,7 +43,7 @@ def files(directory) -> dict[str, results.Part]:
 @pytest.fixture(scope="module")
 def everything(tiny_flags, tmp_path_factory):
     output = tmp_path_factory.mktemp("out")
-    text = run_all(*tiny_flags, "--output", output, "--only", ",".join(HERE), *SMALL, "--commit", "abc1234")
+    text = run_all(*tiny_flags, "--output", output, "--only", ",".join(HERE), *SMALL, *BUSY, "--commit", "abc1234")
     return text, output
 
 
@@ -85,7 +86,8 @@ def test_what_the_parts_found(everything):
     for r in found["memory"]:
         assert isinstance(r, MemoryResult) and r.weights > 0 and r.step > 0 and r.budget is None
         assert r.live >= r.weights + r.cache > r.weights  # the plan's weights and pages are there
-    (traced,) = found["busy"]
+    one, traced = found["busy"]
+    assert one.workload == "static_batch_1" and one.steps == 64 and one.busy_seconds > 0
     assert traced.workload == "cpu_ragged" and 0 < traced.busy_seconds <= traced.kernel_seconds
     assert 0 < traced.busy_share <= 1 and 0 <= traced.padded_share < 1 and traced.steps > 64
     assert len({kernel.name for kernel in traced.kernels}) == len(traced.kernels) and traced.busy_share_untraced is None
@@ -120,8 +122,9 @@ def test_parts_are_chosen(tiny_flags, tmp_path):
     assert memory.after == "start"
     with pytest.raises(InvalidRequestError, match="only='speed': must be one of start, parity"):
         run_all(*tiny_flags, "--output", tmp_path, "--only", "memory,speed")
-    with pytest.raises(InvalidRequestError, match="workload='no_such'"):
-        run_all(*tiny_flags, "--output", tmp_path, "--workload", "no_such")
+    for option in ("--workload", "--busy"):
+        with pytest.raises(InvalidRequestError, match="workload='no_such'"):
+            run_all(*tiny_flags, "--output", tmp_path, option, "no_such")
 
 
 def test_a_part_that_fails_keeps_what_it_has_and_leaves_the_others_alone(tiny_flags, tmp_path, monkeypatch):
