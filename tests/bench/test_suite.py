@@ -87,7 +87,7 @@ def test_what_the_parts_found(everything):
         assert isinstance(r, MemoryResult) and r.weights > 0 and r.step > 0 and r.budget is None
         assert r.live >= r.weights + r.cache > r.weights  # the plan's weights and pages are there
     one, traced = found["busy"]
-    assert one.workload == "static_batch_1" and one.steps == 64 and one.busy_seconds > 0
+    assert one.workload == "static_batch_1" and one.steps >= 64 and one.busy_seconds > 0
     assert traced.workload == "cpu_ragged" and 0 < traced.busy_seconds <= traced.kernel_seconds
     assert 0 < traced.busy_share <= 1 and 0 <= traced.padded_share < 1 and traced.steps > 64
     assert len({kernel.name for kernel in traced.kernels}) == len(traced.kernels) and traced.busy_share_untraced is None
