@@ -8,8 +8,10 @@ is named by hashes of the device's properties, the compiler and the fusion: one 
 
 import io
 import logging
+import lzma
 import os
 import re
+import secrets
 import tarfile
 from pathlib import Path
 
@@ -48,14 +50,14 @@ def seed(directory: Path, device_kind: str, data: Path = DATA) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, content)
                 added += 1
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         logger.warning("XLA will time its kernels anew: %s", error)
     return added
 
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all: another process may be compiling with the same cache."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     partial.write_bytes(content)
     os.replace(partial, path)
 

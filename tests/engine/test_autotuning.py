@@ -61,6 +61,14 @@ def test_nothing_is_written_beside_the_cache(tmp_path):
     assert [path.name for path in (tmp_path / "cache").rglob("*.pb*")] == [FIRST.partition("/")[2]]
 
 
+@pytest.mark.parametrize("length", [0, 60, 1000, 15_000, -100])
+def test_an_archive_that_was_cut_anywhere_is_told(tmp_path, caplog, length):
+    archive = autotuning.shipped(KIND, tmp_path)
+    archive.write_bytes(next(iter(autotuning.DATA.glob("*.tar.xz"))).read_bytes()[:length])
+    autotuning.seed(tmp_path / "cache", KIND, tmp_path)
+    assert "XLA will time its kernels anew" in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["torn archive", "a file for a directory"])
 def test_what_cannot_be_put_is_told(tmp_path, caplog, damage):
     fill(tmp_path / "a", first=b"1")
