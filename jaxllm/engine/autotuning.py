@@ -67,11 +67,13 @@ def keep(directory: Path, device_kind: str, data: Path = DATA) -> tuple[Path, in
     the same archive. Returns it, and how many it holds."""
     archive = shipped(device_kind, data)
     folder = directory / FOLDER
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*.pb")}
-    kept = read(archive) | found
-    with tarfile.open(archive, "w:xz", preset=9) as tar:
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*.pb")]
+    kept = read(archive) | {name: (folder / name).read_bytes() for name in names if _FILE.fullmatch(name)}
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:xz", preset=9) as tar:
         for name in sorted(kept):
             member = tarfile.TarInfo(name)
             member.size = len(kept[name])
             tar.addfile(member, io.BytesIO(kept[name]))
+    _write(archive, content.getvalue())
     return archive, len(kept)

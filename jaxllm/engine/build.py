@@ -189,8 +189,7 @@ def _build(
         model.config.tensor_shards,
         stream_axis(mesh, plan.backend, config),
     )
-    if jax.default_backend() == "gpu":
-        autotuning.seed(config.cache_directory, jax.devices()[0].device_kind)
+    autotuning.seed(config.cache_directory, jax.devices()[0].device_kind)
     threads = max(2, min(8, (os.cpu_count() or 2) // 2))
     others = lowering_processes(plan, threads)
     lowering = SharedLowering(shape, plan, abstract_leaves(model, mesh), mesh, others)

@@ -3,9 +3,13 @@
 import io
 import tarfile
 
+import jax
 import pytest
 
+from jaxllm.config import EngineConfig
 from jaxllm.engine import autotuning
+from jaxllm.engine.compile import Executables
+from tests.engine import tiny
 
 KIND = "NVIDIA H100 80GB HBM3"
 FIRST, SECOND = f"{1:016x}/{2:032x}.pb", f"{1:016x}/{3:032x}.pb"
@@ -27,6 +31,31 @@ def test_what_one_machine_found_another_of_its_kind_gets(tmp_path):
     assert (tmp_path / "b" / autotuning.FOLDER / SECOND).read_bytes() == b"2"
     assert autotuning.seed(tmp_path / "b", KIND, tmp_path) == 0
     assert autotuning.seed(tmp_path / "c", "NVIDIA H200", tmp_path) == 0
+
+
+def test_what_is_no_outcome_is_not_kept(tmp_path):
+    fill(tmp_path / "a", first=b"1")
+    (tmp_path / "a" / autotuning.FOLDER / FIRST).with_name("another.pb").write_bytes(b"2")
+    archive, count = autotuning.keep(tmp_path / "a", KIND, tmp_path)
+    assert count == 1 and list(autotuning.read(archive)) == [FIRST]
+
+
+def test_an_engine_seeds_its_cache_before_it_compiles(checkpoint, monkeypatch):
+    seeded = []
+
+    def seed(directory, kind):
+        seeded.append((directory, kind))
+        raise InterruptedError
+
+    def prepare(self, keys):
+        raise AssertionError("it compiles before")
+
+    monkeypatch.setattr(autotuning, "seed", seed)
+    monkeypatch.setattr(Executables, "prepare", prepare)
+    with pytest.raises(InterruptedError):
+        tiny.llm(checkpoint("llama"))
+    assert seeded == [(EngineConfig().cache_directory, jax.devices()[0].device_kind)]
+    assert jax.config.jax_persistent_cache_enable_xla_caches == autotuning.FOLDER  # where JAX has XLA look
 
 
 def test_a_machines_own_outcomes_stay(tmp_path):

@@ -45,7 +45,8 @@ def run_and_compare(capfd, rows, *, heads=2, kv_heads=1, head_dim=64, page_size=
     )
     options["scale"] = head_dim**-0.5
     if sinks:
-        options["sinks"] = jnp.asarray(np.random.default_rng(1).standard_normal(heads), jnp.float32)
+        # Large enough that one which is counted twice, or not at all, shows.
+        options["sinks"] = jnp.asarray(np.random.default_rng(1).uniform(2, 5, heads), jnp.float32)
     expected, expected_cache = reference_of(*args, **options)
     consumers = 1 if head_dim > 128 else 2
     prefill_config = None if pack is None else PrefillConfig(blocks=blocks, consumers=consumers, pack=pack)
@@ -127,6 +128,15 @@ def test_group_of_seven_and_scales(capfd):
 
 def test_wide_heads(capfd):
     run_and_compare(capfd, [(1, 65), (2, 66)], head_dim=256, page_size=128, tokens=64, blocks=1)
+
+
+def test_wide_heads_of_which_streams_leave_parts(capfd):
+    run_and_compare(capfd, [(1, 200)], head_dim=256, page_size=128, tokens=2, blocks=3, decodes_only=True)
+
+
+def test_a_row_of_more_parts_than_are_joined_at_once(capfd):
+    """20 streams with a tile each, where merge loads 16 parts together."""
+    run_and_compare(capfd, [(1, 20 * 64 - 10)], tokens=2, blocks=10, decodes_only=True, sinks=True)
 
 
 def test_head_dim_96_is_padded():
