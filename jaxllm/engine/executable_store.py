@@ -50,13 +50,20 @@ def fingerprint(*parts: Any) -> str:
 
 class ExecutableStore:
     """A folder of executables of one fingerprint. Its files hold machine code and pickles: like JAX's compilation cache
-    beside it, the folder must be writable by nobody but its user."""
+    beside it, the folder must be writable by nobody but its user. Where it cannot be written, which is told, what is
+    there is used and nothing is added."""
 
     def __init__(self, directory: Path, name: str):
         self.directory = directory / "executables" / name
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.utime(self.directory)
-        _forget_oldest(self.directory.parent)
+        self._keeps = True
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.utime(self.directory)
+        except OSError as error:
+            self._keeps = False
+            logger.warning("what is compiled is not kept for the next start: %s", error)
+        else:
+            _forget_oldest(self.directory.parent)
 
     def _path(self, key: Any) -> Path:
         return self.directory / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
@@ -78,6 +85,8 @@ class ExecutableStore:
 
     def save(self, key: Any, compiled: Any) -> None:
         """Keeps an executable; a full disk is told, not raised."""
+        if not self._keeps:
+            return
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
             with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:

@@ -112,3 +112,19 @@ def test_the_fingerprint_follows_sources_flags_and_plan(tmp_path, monkeypatch):
     files = executable_store.source_files()
     monkeypatch.setattr(executable_store, "source_files", lambda: [*files, extra])
     assert fingerprint("plan") != before
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_folder_that_cannot_be_written_is_told_and_still_read(tmp_path, monkeypatch, caplog, filled):
+    if filled:
+        _executables(ExecutableStore(tmp_path, "a")).get(1)
+
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("utime", "mkdir", "replace"):  # root may write anywhere
+        monkeypatch.setattr(executable_store.os, name, read_only)
+    executables = _executables(ExecutableStore(tmp_path, "a"))
+    executables.get(1)
+    assert executables.num_restored == filled
+    assert caplog.text.count("is not kept for the next start") == 1
