@@ -3,8 +3,9 @@
 Its arrays are the slices that the engine's parameters are made of, under their Hugging Face names and projections as
 [in, out], so that none depends on a mesh. They are zarr 3 without compression, and each chunk ends with its CRC-32C,
 which TensorStore, Orbax's own reader of arrays, compares while it reads. `weights.json` beside them lists the arrays
-and all files: of the chunks their sizes, of the others their CRC-32 too, and those of config.json and the tokenizer's
-files, which tokens depend on as they do on weights. It is written last: without it the checkpoint is not whole.
+and all files: of the chunks their sizes and those checksums, which a whole chunk in another's place does not have; of
+the others their sizes and CRC-32, and those of config.json and the tokenizer's files, which tokens depend on as they do
+on weights. It is written last: without it the checkpoint is not whole.
 
 Reading goes through TensorStore alone, straight into the buffer that becomes the parameter: to import Orbax takes
 longer than to read some models, and what it restores is in memory of its own.
@@ -29,8 +30,8 @@ from jaxllm.checkpoint.safetensors_source import HuggingFaceDirectory, read_json
 from jaxllm.errors import CheckpointError, UnsupportedModelError
 
 WEIGHTS, MANIFEST = "weights", "weights.json"
-FORMAT = 3
-READ = (2, FORMAT)  # 2 knows nothing of the files beside `weights`
+FORMAT = 4
+READ = (2, 3, FORMAT)  # 2 knows nothing of the files beside `weights`, 2 and 3 nothing of the chunks' checksums
 # Of the files that are copied, those that are checked. Sampling's defaults and chat templates are the user's to change.
 _CHECKED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHUNKS = "c"  # zarr's name for the folder of an array's chunks
@@ -89,7 +90,7 @@ def write_manifest(directory: Path, arrays: Mapping[str, StoredArray]) -> None:
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         name, size = path.relative_to(root).as_posix(), path.stat().st_size
         if is_chunk(name):
-            chunks[name] = size
+            chunks[name] = size, _checksum(path)
         else:
             files[name] = _size_and_crc32(path)
     copied = {path.name: _size_and_crc32(path) for path in stored_files(directory) if path.name in _CHECKED}
@@ -109,6 +110,13 @@ def write_manifest(directory: Path, arrays: Mapping[str, StoredArray]) -> None:
 def _size_and_crc32(path: Path) -> tuple[int, int]:
     content = path.read_bytes()
     return len(content), zlib.crc32(content)
+
+
+def _checksum(path: Path | str) -> str:
+    """What a chunk ends with: its CRC-32C, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read().hex()
 
 
 def is_chunk(name: str) -> bool:
@@ -145,8 +153,12 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
             name: StoredArray(tuple(shape), _DTYPES[dtype], transposed)
             for name, (shape, dtype, transposed) in content["arrays"].items()
         }
-        for name, size in content["chunks"].items():
+        self._checksums: dict[str, str] = {}  # by chunk
+        for name, of_chunk in content["chunks"].items():
+            size, *checksum = of_chunk if isinstance(of_chunk, list) else [of_chunk]
             _check_size(f"{self.weights}/{name}", size)
+            if checksum:
+                self._checksums[name] = checksum[0]
         for place, files in ((self.path, content.get("copied", {})), (self.weights, content["files"])):
             for name, (size, crc32) in files.items():
                 _check_size(f"{place}/{name}", size)
@@ -210,17 +222,27 @@ class OrbaxCheckpoint(HuggingFaceDirectory):
             store = store.T if array.transposed else store
             cast = store if out.dtype == array.dtype else ts.cast(store, out.dtype)
             chunk: Any = store.chunk_layout.read_chunk.shape
-            for piece, place in _by_chunk(chunk, index or _whole(array.shape)):
+            pieces = list(_by_chunk(chunk, index or _whole(array.shape)))
+            for piece, place in pieces:
                 if len(under_way) == _CHUNKS_AT_ONCE:
                     under_way.popleft().result()
                 under_way.append(ts.array(out[place]).write(cast[piece][ts.d[:].translate_to[0]]))
             while under_way:
                 under_way.popleft().result()
+            for piece, _ in pieces:  # now, when what has been read is still in the system's cache
+                number = [str(part.start // size) for part, size in zip(piece, chunk, strict=True)]
+                self._check_place("/".join((name, CHUNKS, *number[:: -1 if array.transposed else 1])))
         except ValueError as error:  # names the file
             raise CheckpointError(f"{self.path}: array {name!r} cannot be read: {error}") from error
         finally:
             for one in under_way:  # may still be writing to `out`
                 one.exception()
+
+    def _check_place(self, chunk: str) -> None:
+        """Raises CheckpointError if it is another chunk than the one that was written there."""
+        path = f"{self.weights}/{chunk}"
+        if self._checksums and _checksum(path) != self._checksums.get(chunk):
+            raise CheckpointError(f"{path}: altered: it holds another chunk than the one that was written there")
 
     @functools.cached_property
     def _context(self) -> Any:

@@ -8,7 +8,7 @@ import typer
 
 def convert(
     model: Annotated[str, typer.Argument(help="a Hugging Face directory or id, with safetensors")],
-    directory: Annotated[Path, typer.Argument(help="what to write; must not exist, or be empty")],
+    directory: Annotated[Path, typer.Argument(help="what to write; must not exist, or be empty and no mount point")],
     *,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a Hugging Face id")] = None,
 ) -> None:

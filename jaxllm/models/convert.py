@@ -22,6 +22,7 @@ FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 def drafts(directory: Path) -> list[Path]:
     """What conversions to this directory have left where they were killed, or are writing."""
+    directory = directory.resolve()
     if not directory.parent.is_dir():
         return []
     return sorted(path for path in directory.parent.iterdir() if path.name.startswith(_draft_prefix(directory)))
@@ -38,28 +39,34 @@ def convert(checkpoint: Checkpoint, directory: Path) -> None:
 
     Args:
       checkpoint: an opened safetensors checkpoint.
-      directory: must not exist, or be empty.
+      directory: must not exist, or be empty and no mount point.
 
     Raises:
       UnsupportedModelError: it is no safetensors checkpoint, it is quantized, or of a family that jaxllm does not know.
       CheckpointError: tensors do not fit the model.
-      ConfigError: there is something in `directory`.
+      ConfigError: there is something in `directory`, or it cannot be made.
     """
     if not isinstance(checkpoint, SafetensorsCheckpoint):
         raise UnsupportedModelError(
             f"{checkpoint.path}: only Hugging Face directories with safetensors are converted; a GGUF file's tensors "
             "are quantized, and an Orbax checkpoint is converted already"
         )
+    given, directory = directory, directory.resolve()  # what is renamed to may be neither "." nor a link
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise ConfigError(f"directory={str(directory)!r}: exists")
+        raise ConfigError(f"directory={str(given)!r}: exists")
+    if directory.is_mount():
+        raise ConfigError(f"directory={str(given)!r}: must be no mount point; name a directory in it")
     family = model_class(checkpoint.config)
     model = family(family.parse_config(checkpoint.config), dtype=jnp.float32)
     parts = [Parts(path, parameter) for path, parameter in parameters_of(model)]
     expected = {index: each.tensors() for index, each in enumerate(parts)}
     check(expected, checkpoint, tied=getattr(model, "lm_head", True) is None)
     write_arrays = _writer()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=_draft_prefix(directory), dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=_draft_prefix(directory), dir=directory.parent))
+    except OSError as error:
+        raise ConfigError(f"directory={str(given)!r}: cannot be made: {error}") from error
     try:
         values, arrays = _slices(checkpoint, parts)
         write_arrays(draft / WEIGHTS, arrays, values)

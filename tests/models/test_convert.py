@@ -263,6 +263,23 @@ def test_damage_is_refused_with_the_files_name(converted, damage, which):
         assert str(path) in str(caught.value)
 
 
+def test_a_whole_chunk_in_anothers_place_is_refused(source, tmp_path, small_chunks):
+    """Of another layer, and of another place in the same array."""
+    convert(open_checkpoint(source), tmp_path / "converted")
+    expected = tokens(tmp_path / "converted")
+    layers = [tmp_path / "converted" / WEIGHTS / f"model.layers.{i}.mlp.down_proj.weight" / "c" for i in (0, 1)]
+    chunks = [sorted(path for path in layer.rglob("*") if path.is_file()) for layer in layers]
+    assert len(chunks[0]) > 1
+    for one, other in ((chunks[0][1], chunks[1][1]), (chunks[0][0], chunks[0][-1])):
+        contents = one.read_bytes(), other.read_bytes()
+        assert len(contents[0]) == len(contents[1]) and contents[0] != contents[1]
+        one.write_bytes(contents[1])
+        with pytest.raises(CheckpointError, match=f"{one}: altered: it holds another chunk"):
+            tiny.llm(tmp_path / "converted")
+        one.write_bytes(contents[0])
+    assert tokens(tmp_path / "converted") == expected
+
+
 def test_what_tokens_depend_on_is_checked_too(converted):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         path = converted / name
@@ -295,15 +312,19 @@ def test_the_format_before_is_read_and_others_are_refused(converted):
         (converted / MANIFEST).write_text(json.dumps({"crc32": orbax_source._crc32_of_content(content), **content}))
 
     content = json.loads((converted / MANIFEST).read_text())
-    assert content["format"] == 3 and set(content["copied"]) == {
+    assert content["format"] == 4 and set(content["copied"]) == {
         "config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    write({name: value for name, value in content.items() if name != "copied"} | {"format": 2})
+    before = content | {"chunks": {name: size for name, (size, _) in content["chunks"].items()}}
+    expected = tokens(converted)
+    write(before | {"format": 3})
+    assert tokens(converted) == expected
+    write({name: value for name, value in before.items() if name != "copied"} | {"format": 2})
     lengthen_text(converted / "config.json")  # nothing is known of it
-    assert open_checkpoint(converted).names()
-    for other in (1, 4):
+    assert tokens(converted) == expected
+    for other in (1, 5):
         write(content | {"format": other})
-        with pytest.raises(CheckpointError, match=f"format {other}; jaxllm reads formats 2 and 3: convert it anew"):
+        with pytest.raises(CheckpointError, match=f"format {other}; jaxllm reads formats 2 and 3 and 4: convert it"):
             open_checkpoint(converted)
 
 
@@ -317,6 +338,26 @@ def test_what_a_killed_conversion_left_is_named(source, tmp_path):
     left.rmdir()
     done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "converted")])
     assert isinstance(done.exception, ConfigError) and done.output == ""
+
+
+@pytest.mark.parametrize("way", ["the working directory", "a link"])
+def test_an_empty_directory_is_filled(source, tmp_path, monkeypatch, way):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    convert(open_checkpoint(source), Path("." if way == "the working directory" else "../link"))
+    assert open_checkpoint(tmp_path / "empty").names()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+
+
+def test_directories_that_cannot_be_made_are_refused(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "below", Path("/proc/nowhere/below")):
+        with pytest.raises(ConfigError, match=f"directory='{path}': cannot be made"):
+            convert(open_checkpoint(source), path)
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(ConfigError, match="must be no mount point"):
+        convert(open_checkpoint(source), tmp_path / "converted")
 
 
 def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch):
