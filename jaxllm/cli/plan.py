@@ -51,7 +51,7 @@ def plan(
     """Whether a model fits a chip that need not be here, what cache is left, TTFT and TPOT, and the best mesh."""
     from rich.console import Console
 
-    from jaxllm.bench.models import bench_model, model_name
+    from jaxllm.bench.models import PREFIX, SHAPE_MAX_MODEL_LEN, bench_model, model_name
     from jaxllm.bench.throughput import workload as workload_of
     from jaxllm.checkpoint import open_checkpoint
     from jaxllm.errors import ConfigError, OutOfMemoryError
@@ -61,10 +61,7 @@ def plan(
     from jaxllm.plan.plan import chips_needed, make_plan
     from jaxllm.plan.show import print_plan, refusal_to_json, to_json
 
-    if plot is not None:
-        from jaxllm.bench.plots import check_plot
-
-        check_plot()
+    _check_outputs(json, plot)
     device = chip_of(chip)
     for name in workload or []:
         workload_of(name, 1000)  # an unknown name is refused before any work
@@ -72,6 +69,8 @@ def plan(
     if known is not None and known.chip != device.name:
         raise ConfigError(f"calibration={str(calibration)!r}: was taken on {known.chip}, not on {device.name}")
     given: dict[str, Any] = {} if max_model_len is None else {"max_model_len": max_model_len}
+    if max_model_len is None and model.startswith(PREFIX):
+        given = {"max_model_len": max(SHAPE_MAX_MODEL_LEN, context + output_len)}  # the measured shapes' own is shorter
     with bench_model(model, given) as (path, options):
         config = EngineConfig(
             model=path,
@@ -124,3 +123,21 @@ def plan(
     if json is None or str(json) != "-":
         console = Console()
         print_plan(console if console.is_terminal else Console(width=max(console.width, 160)), made, predicted)
+
+
+def _check_outputs(json: Path | None, plot: Path | None) -> None:
+    """Raises ConfigError, before any work, for a file that cannot be written."""
+    from jaxllm.errors import ConfigError
+
+    for option, path in (("--json", json), ("--plot", plot)):
+        if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(f"{option} {path}: must be a file in a directory that exists")
+    if plot is not None:
+        from jaxllm.bench.plots import check_plot
+
+        check_plot()
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+        if plot.suffix.removeprefix(".").lower() not in kinds:
+            raise ConfigError(f"--plot {plot}: must end in one of .{', .'.join(kinds)}")

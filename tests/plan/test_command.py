@@ -82,6 +82,8 @@ def test_models_by_shape_and_by_gguf():
     assert {mesh["tensor"] for mesh in json.loads(done.output)["meshes"]} == {1, 3}
     done = run("shape:llama-3.1-8b", "--chip", "h200", "--json", "-")
     assert json.loads(done.output)["meshes"][0]["max_model_len"] == 18432
+    done = run("shape:llama-3.1-8b", "--chip", "h200", "--context", "32768", "--json", "-")
+    assert json.loads(done.output)["meshes"][0]["max_model_len"] == 32768 + 128  # unless a request is longer
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,10 @@ def test_models_by_shape_and_by_gguf():
         (["shape:llama-3.1-8b", "--chip", "v7"], ConfigError, "chip='v7': must be one of"),
         (["shape:llama-3.1-8b", "--chip", "h100", "--workload", "none"], InvalidRequestError, "must be one of"),
         (["shape:llama-3.1-8b", "--chip", "h100", "--memory-utilization", "2"], ConfigError, "memory_utilization=2"),
+        (["shape:llama-3.1-8b", "--chip", "h100", "--context", "200000"], ConfigError, "the model's limit is 131072"),
+        (["none", "--chip", "h100", "--json", "/no/such/file"], ConfigError, "--json /no/such/file: must be a file in"),
+        (["none", "--chip", "h100", "--plot", "/no/such.svg"], ConfigError, "--plot /no/such.svg: must be a file in"),
+        (["none", "--chip", "h100", "--plot", "plan.foo"], ConfigError, "--plot plan.foo: must end in one of ."),
     ],
 )
 def test_what_is_refused(words, error, told):
