@@ -173,7 +173,7 @@ class Group:
 
     def _watch(self) -> None:
         """Shows signs of life, and misses those of others."""
-        beat = min(1.0, self._timeout / 5)
+        beat = _beat(self._timeout)
         while not self._closed and self._error is None:
             before = time.monotonic()
             time.sleep(beat)
@@ -213,6 +213,11 @@ class Group:
             self._lose(f"{peer.name} has gone")
             self.check()
             raise EngineDeadError("the engine has been closed") from None
+
+
+def _beat(timeout: float) -> float:
+    """Seconds between signs of life, where none in `timeout` means a loss."""
+    return min(1.0, timeout / 5)
 
 
 class Leader(Group):
@@ -371,7 +376,7 @@ def _meet(host: str, port: int, count: int, process: int, timeout: float) -> Lea
         raise ConfigError(f"coordinator_address: process 0 cannot listen on port {port}: {error.strerror}") from error
     with listening:
         try:
-            return Leader(meet(listening, count, JOIN_SECONDS), timeout)
+            return Leader(meet(listening, count, JOIN_SECONDS, _beat(timeout)), timeout)
         except TimeoutError as error:
             raise EngineDeadError(f"the engine of {count} processes does not start: {error}") from error
 

@@ -70,15 +70,20 @@ def listen(port: int = 0) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def meet(listening: socket.socket, count: int, seconds: float) -> list[Peer]:
-    """Takes in processes 1 to count - 1. Raises TimeoutError naming those that have not come."""
+def meet(listening: socket.socket, count: int, seconds: float, beat: float = 1.0) -> list[Peer]:
+    """Takes in processes 1 to count - 1; those that wait for others get a sign of life every `beat` seconds. Raises
+    TimeoutError naming those that have not come in `seconds`."""
     found: dict[int, Peer] = {}
     deadline = time.monotonic() + seconds
     while len(found) < count - 1:
-        listening.settimeout(max(0.01, deadline - time.monotonic()))
+        listening.settimeout(max(0.01, min(beat, deadline - time.monotonic())))
         try:
             connected, _ = listening.accept()
         except TimeoutError:
+            if time.monotonic() < deadline:
+                for peer in found.values():
+                    peer.offer(b"")
+                continue
             missing = ", ".join(str(i) for i in range(1, count) if i not in found)
             raise TimeoutError(f"process {missing} has not come in {seconds:g} s") from None
         process = _greeted(connected)
@@ -86,6 +91,8 @@ def meet(listening: socket.socket, count: int, seconds: float) -> list[Peer]:
             found[process] = Peer(connected, process)
         else:
             connected.close()  # somebody else's
+    for peer in found.values():
+        peer.seen = time.monotonic()  # nobody has listened to it yet
     return [found[process] for process in range(1, count)]
 
 

@@ -145,6 +145,23 @@ def test_one_that_works_for_long_is_not_lost_but_one_that_stands_still_is(other)
         leader.call("more", ())
 
 
+def test_the_last_may_come_later_than_signs_of_life_may_stay_out():
+    with listen() as free:
+        port = free.getsockname()[1]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        joined = [pool.submit(group._meet, "127.0.0.1", port, 3, process, 1) for process in (0, 1)]
+        time.sleep(2.5)
+        joined.append(pool.submit(group._meet, "127.0.0.1", port, 3, 2, 1))
+        three = [one.result(30) for one in joined]
+        agreed = [pool.submit(one.least, value) for one, value in zip(three, (7, 5, 9))]
+        assert [one.result(10) for one in agreed] == [5, 5, 5]
+        time.sleep(1.5)
+        for one in three:
+            one.check()
+    for one in three:
+        one.close()
+
+
 def test_strangers_are_left_out_and_who_is_missing_is_named():
     with listen() as listening, concurrent.futures.ThreadPoolExecutor() as pool:
         port = listening.getsockname()[1]
