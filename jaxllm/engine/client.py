@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.messages import Dead, FromCore, Ready, ToCore, decode, encode
+from jaxllm.engine.messages import Close, Dead, FromCore, Ready, ToCore, decode, encode
 from jaxllm.errors import EngineDeadError, JaxllmError
 
 
@@ -200,6 +200,7 @@ class CoreProcess:
     def close(self) -> None:
         """Ends the core; `receive` then raises EngineDeadError. May be called from any thread."""
         self._closed = True
+        self._say_goodbye()
         # Not closed but shut down: other threads may be in the middle of sending and receiving, and get to know.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -208,6 +209,20 @@ class CoreProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _say_goodbye(self) -> None:
+        """So that the core knows that nobody was lost. Not at any cost: it may have stopped taking messages in."""
+        if not self._lock.acquire(timeout=1):
+            return
+        try:
+            writable = select.poll()
+            writable.register(self._connection.fileno(), select.POLLOUT)
+            if writable.poll(1000):  # milliseconds
+                self._connection.send_bytes(encode(Close()))
+        except (OSError, ValueError):  # it has gone, or been buried
+            pass
+        finally:
+            self._lock.release()
 
     def bury(self) -> None:
         """Ends the process without its help, if it has not ended, and closes what is left of it.

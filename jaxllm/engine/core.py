@@ -381,11 +381,11 @@ class EngineCore:
         """See `Device.watch`."""
         self.runner.device.watch(on_lost)
 
-    def close(self) -> None:
-        """Stops compiling."""
+    def close(self, reason: str | None = None) -> None:
+        """Stops compiling, and ends other processes that step with this one: as it should be, or for a reason."""
         if self._grammars is not None:
             self._grammars.close()
-        self.runner.device.close()
+        self.runner.device.close(reason)
 
 
 def _request(message: AddRequest) -> Request:

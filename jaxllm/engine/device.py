@@ -198,8 +198,8 @@ class Device:
         """Has it called, by another thread, once the device is lost while nobody uses it; one that is this process's
         own never is."""
 
-    def close(self) -> None:
-        """Stops compiling."""
+    def close(self, reason: str | None = None) -> None:
+        """Stops compiling. `reason`: why, if it is not as it should be, for other processes to know."""
         self.executables.close()
 
     def replace_weights(self, leaves: list[jax.Array]) -> None:

@@ -336,6 +336,8 @@ def join(config: EngineConfig) -> Leader | Follower | None:
     host, port = host.strip("[]"), int(digits)
     group = _meet(host, port, count, process, config.heartbeat_timeout_seconds)
     atexit.register(group.leave)
+    if process > 0:
+        group.tell(_end)
     found = group.exchange(_free_port(port + 1) if process == 0 else None)[0]
     with group.launching():
         try:
@@ -346,6 +348,13 @@ def join(config: EngineConfig) -> Leader | Follower | None:
             group.close(f"{type(error).__name__}: {error}")
             raise ConfigError(f"coordinator_address={config.coordinator_address!r}: {error}") from error
     return group
+
+
+def _end(lost: EngineDeadError) -> None:
+    """Ends a follower whose group is lost, with status 1, at once: where it is process 0 that is lost, JAX's service is
+    with it, and JAX aborts the process (SIGABRT) within milliseconds, and names nobody."""
+    print(f"jaxllm: {lost}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _places(config: EngineConfig) -> tuple[str, int, int, Sequence[int] | None]:

@@ -51,6 +51,11 @@ class Utility:
 
 
 @dataclasses.dataclass(slots=True)
+class Close:
+    """The last message: the core is to end. A client that goes without it has been lost."""
+
+
+@dataclasses.dataclass(slots=True)
 class Logprobs:
     """Logprobs of one token and of the most likely ones at its position."""
 
@@ -126,14 +131,14 @@ class Dead:
 ToCore = AddRequest | Finish | Utility
 FromCore = StepOutputs | UtilityResult | Ready | Dead
 
-_TO = {"add": AddRequest, "finish": Finish, "utility": Utility}
+_TO = {"add": AddRequest, "finish": Finish, "utility": Utility, "close": Close}
 _FROM = {"outputs": StepOutputs, "result": UtilityResult, "ready": Ready, "dead": Dead}
 _NAMES = {kind: name for name, kind in {**_TO, **_FROM}.items()}
 _encoder = msgspec.msgpack.Encoder()
 _envelope = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 
 
-def encode(message: ToCore | FromCore) -> bytes:
+def encode(message: ToCore | Close | FromCore) -> bytes:
     """msgpack of [kind, message]."""
     return _encoder.encode((_NAMES[type(message)], message))
 

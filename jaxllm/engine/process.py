@@ -1,5 +1,6 @@
 """The engine core as a process: `python -m jaxllm.engine.process FD`, where FD is its end of a socket pair."""
 
+import contextlib
 import logging
 import os
 import queue
@@ -16,11 +17,11 @@ import msgspec
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import heap
-from jaxllm.engine.messages import Dead, FromCore, ToCore, Utility, UtilityResult, decode, encode
+from jaxllm.engine.messages import Close, Dead, FromCore, ToCore, Utility, UtilityResult, decode, encode
 
 
 def main() -> None:
-    """Reads an EngineConfig, then messages, until the other side closes the connection."""
+    """Reads an EngineConfig, then messages, until the other side says that it closes, or is gone."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # When the device is done, the loop shall not wait Python's 5 ms for a thread that takes in a burst of requests.
     sys.setswitchinterval(0.0005)
@@ -40,7 +41,8 @@ def main() -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Builds the core and runs it: all messages that have come, then one step."""
+    """Builds the core and runs it, all messages that have come, then one step, until it is closed. Raises EOFError or
+    OSError where the other side has gone without saying so."""
     config = msgspec.msgpack.decode(connection.recv_bytes(), type=EngineConfig)
     from jaxllm.engine.build import build_core
 
@@ -57,28 +59,52 @@ def serve(connection: Connection) -> None:
         with lock:
             connection.send_bytes(encode(message))
 
-    def take_in(message: ToCore) -> None:
+    def take_in(message: ToCore | Close) -> None:
         """Runs on a thread of its own: prompts are hashed here while the loop waits for the device."""
-        if isinstance(message, Utility) and message.name == "ping" and core.compiling:
+        if isinstance(message, Close):
+            inbox.put(message)
+        elif isinstance(message, Utility) and message.name == "ping" and core.compiling:
             send(UtilityResult(message.call))  # the loop cannot, for as long as that takes
         else:
             inbox.put(core.prepare(message))
 
     threading.Thread(target=_read, args=(connection, inbox, take_in), name="inbox", daemon=True).start()
     core.watch(inbox.put)
+    reason: str | None = "its process has gone"
     try:
         while True:
             while not core.has_work or not inbox.empty():
                 message = inbox.get()
                 if isinstance(message, BaseException):
                     raise message
+                if isinstance(message, Close):
+                    reason = None
+                    return
                 core.handle(message)
                 if isinstance(message, Utility) and message.name == "warm_up":
                     heap.freeze()  # what tracing all the executables has left, too
             for output in core.step():
                 send(output)
+    except EOFError:
+        raise
+    except OSError:
+        if not _has_said_goodbye(inbox):  # as long as it had not yet been heard
+            raise
+        reason = None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
     finally:
-        core.close()
+        core.close(reason)
+
+
+def _has_said_goodbye(inbox: queue.SimpleQueue) -> bool:
+    """Whether the other side had closed the core before it went."""
+    with contextlib.suppress(queue.Empty):
+        while not isinstance(message := inbox.get(timeout=1), BaseException):
+            if isinstance(message, Close):
+                return True
+    return False
 
 
 def _end_with_parent(connection: Connection, built: threading.Event) -> None:
@@ -95,7 +121,7 @@ def _end_with_parent(connection: Connection, built: threading.Event) -> None:
                 os._exit(1)
 
 
-def _read(connection: Connection, inbox: queue.SimpleQueue, take_in: Callable[[ToCore], None]) -> None:
+def _read(connection: Connection, inbox: queue.SimpleQueue, take_in: Callable[[ToCore | Close], None]) -> None:
     """Takes messages in as they come, so that the parent may send any number of them without reading meanwhile."""
     try:
         while True:

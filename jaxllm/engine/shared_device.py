@@ -87,10 +87,10 @@ class SharedDevice(Device):
         """As `Device.watch`: when a process is lost."""
         self.group.tell(on_lost)
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:
         """Ends the other processes, too."""
-        super().close()
-        self.group.close()
+        super().close(reason)
+        self.group.close(reason)
 
 
 def follow(group: Follower, device: Device) -> None:

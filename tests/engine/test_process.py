@@ -10,7 +10,7 @@ import pytest
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import build, heap, process
-from jaxllm.engine.messages import Ready, StepOutputs, Utility, UtilityResult, decode, encode
+from jaxllm.engine.messages import Close, Ready, StepOutputs, Utility, UtilityResult, decode, encode
 
 
 class Core:
@@ -24,6 +24,7 @@ class Core:
         self.gate.set()
         self.in_step = threading.Event()
         self.closed = threading.Event()
+        self.ended: Exception | None = None  # what `serve` has raised
 
     def ready(self) -> Ready:
         return Ready(1, 1, 1, 1)
@@ -50,7 +51,8 @@ class Core:
     def watch(self, on_lost) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, reason=None) -> None:
+        self.reason = reason
         self.closed.set()
 
 
@@ -64,8 +66,10 @@ def served(monkeypatch):
     parent = Connection(ours.detach())
 
     def run() -> None:
-        with pytest.raises(EOFError):
+        try:
             process.serve(Connection(theirs.detach()))
+        except (EOFError, OSError) as error:
+            core.ended = error
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -75,6 +79,7 @@ def served(monkeypatch):
     parent.close()
     thread.join(timeout=10)
     assert not thread.is_alive() and core.closed.is_set()
+    assert (core.ended is None) == (core.reason is None)
 
 
 def send(parent: Connection, call: int) -> None:
@@ -122,6 +127,22 @@ def test_a_loop_that_waits_for_a_compilation_counts_as_alive(served):
     core.gate.set()
     while not isinstance(decode(parent.recv_bytes()), UtilityResult):
         pass
+
+
+@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("says_so", [False, True])
+def test_a_client_that_has_gone_without_a_word_is_lost(served, steps, says_so):
+    core, parent = served
+    if steps:  # what it makes then finds nobody
+        core.gate.clear()
+        send(parent, 1)
+        assert core.in_step.wait(10)
+    if says_so:
+        parent.send_bytes(encode(Close()))
+    parent.close()
+    core.gate.set()
+    assert core.closed.wait(10)
+    assert core.reason == (None if says_so else "its process has gone")
 
 
 def test_what_warming_up_leaves_is_frozen_too(served):

@@ -198,8 +198,8 @@ def test_what_cannot_work_is_said_by_all(root, model, sizes, said):
             assert said in errors
 
 
-def command(root: Path, model: Path, *arguments: str) -> list[subprocess.Popen]:
-    """Two processes of one command."""
+def command(root: Path, model: Path, *arguments: str, **environment: str) -> list[subprocess.Popen]:
+    """Two processes of one command, with what there is to add to the environment."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = ["--coordinator-address", address, "--num-processes", "2", "--data-parallel-size", "2", "--page-size", "8"]
@@ -207,6 +207,7 @@ def command(root: Path, model: Path, *arguments: str) -> list[subprocess.Popen]:
         subprocess.Popen(
             [sys.executable, "-m", "jaxllm", *arguments, "--model", str(model), *shared, "--process-id", str(process)],
             cwd=root,
+            env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -247,6 +248,46 @@ def test_commands_of_two_processes(root, model):
         assert answer["choices"][0]["text"] == expected
         both[0].terminate()
         assert [process.wait(timeout=60) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def test_a_leader_that_is_killed_while_steps_are_compiled_ends_the_other(root, model, tmp_path):
+    both = command(root, model, "generate", "the thing", "--quiet", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+    try:
+        deadline = time.monotonic() + 120
+        while not any((tmp_path / "cache").glob("*")):
+            assert time.monotonic() < deadline and both[0].poll() is None, both[0].communicate()
+            time.sleep(0.05)
+        both[0].kill()
+        _, errors = both[1].communicate(timeout=60)
+        said = "process 0 (127.0.0.1) has gone" if both[1].returncode in (1, 2) else "JAX distributed service detected"
+        assert both[1].returncode in (1, 2, -signal.SIGABRT) and said in errors, errors
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warm_up", ["--warm-up", "--no-warm-up"])
+def test_a_killed_server_ends_the_others_with_an_error(root, model, warm_up):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    both = command(root, model, "serve", "--port", str(port), warm_up)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10)
+                break
+            assert time.monotonic() < deadline and both[0].poll() is None
+            time.sleep(0.2)
+        both[0].kill()
+        _, errors = both[1].communicate(timeout=60)
+        assert both[1].returncode in (1, 2) and "process 0 (127.0.0.1)" in errors
     finally:
         for process in both:
             process.kill()
