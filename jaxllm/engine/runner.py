@@ -64,7 +64,8 @@ class Runner:
 
     Attributes:
       seconds_waited: for steps' outputs, in all.
-      seconds_launching: in JAX's calls that launch forward passes and samplers and begin the copies back, in all.
+      seconds_launching: in JAX's calls that launch forward passes and samplers and begin the copies back, in all; with
+        what an engine that is not warmed up waits there for compilations.
     """
 
     def __init__(self, plan: EnginePlan, shape: StepShape, device: Device, num_ranks: int):

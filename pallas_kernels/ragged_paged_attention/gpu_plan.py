@@ -17,8 +17,9 @@ from .types import AttentionMetadata
 # Columns of DecodePlan.items
 FIRST, END, ROW, RUN, PLACE, BEGIN, TILES, NEXT = range(8)
 # What a pair costs a stream beside its tiles, in tiles: its queries are fetched, its newest key is put in, its result
-# is written. A row's last tile, part of one, costs as much as others. On an H200, 256 ragged rows of 384 keys on
-# average, of which a stream has between 3 and 23 pairs: 124 us with pairs at nothing, 116 with pairs at about this.
+# is written. A row's last tile, part of one, costs as much as others. Fitted to what an H200 took at other costs, such
+# as 124 us for 256 ragged rows of 384 keys on average with pairs at nothing, 116 with pairs at 80 keys and tiles at
+# theirs (docs/performance.md); not timed itself.
 PAIR_COST = 1
 
 
