@@ -1,48 +1,46 @@
-"""`jaxllm bench all`, part parity: the attention kernel's tokens and logprobs beside the reference path's.
+"""`jaxllm bench all`, part parity: the attention kernel's tokens and logits beside the reference path's.
 
-An engine on the default backend generates greedily. Then engines on the reference backend read each prompt with its
-answer at once and say what they think of every token: one in the run's dtype, and where that is not float32 another
-one in float32, which shows what rounding alone does to the reference path: random weights of dozens of layers enlarge
-it. The kernel's logprobs must agree with the reference path's within `TOLERANCE`, or within what two such roundings
-differ by, and where an answer parts from the one that the reference path would give, both tokens must tie within that.
-What comes after that token is another text, which the reference path would not write; its logprobs are compared, its
-choices only counted.
+An engine on the default backend generates greedily, and the logits of each token are kept. Then engines on the
+reference backend read each prompt with its answer at once, and the logits that predict each token are kept: one in the
+run's dtype, and where that is not float32 another one in float32, which shows what rounding alone does to the reference
+path: random weights of dozens of layers enlarge it. The kernel's logits must agree with the reference path's within
+`TOLERANCE`, or within what two such roundings differ by, and where an answer parts from the one that the reference path
+would give, both tokens must tie within that. What comes after that token is another text, which the reference path
+would not write; its logits are compared, its choices only counted.
 """
 
 import dataclasses
 import gc
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from jaxllm.bench.kept_logits import Logits, kept_logits
 from jaxllm.bench.models import bench_model
 from jaxllm.core.sampling_params import SamplingParams
 from jaxllm.errors import OutOfMemoryError
 from jaxllm.llm import LLM
 
-TOLERANCE = 2e-2  # of a logprob's size: bfloat16 keeps 8 bits
+TOLERANCE = 2e-2  # of the logits' size: bfloat16 keeps 8 bits
 LENGTHS = (1, 2, 17, 63, 64, 65, 130, 257, 400)  # of prompts, in tokens: around pages, tiles and chunks
 OUTPUT = 48
-MOST_LIKELY = 20  # tokens whose logprobs are compared at each position
-
-Scores = Mapping[int, float]  # logprobs of a position's most likely tokens and the one chosen, by token
 
 
 @dataclasses.dataclass
 class ParityResult:
-    """One comparison. An error is that of one position: the norm of the differences of its most likely tokens' logprobs
-    over the norm of the reference's.
+    """One comparison. An error is that of one position: the norm of the difference of all logits over the norm of the
+    reference's.
 
     Attributes:
       backend: of the tokens; `reference` of what is compared with.
       num_tokens: generated and compared.
       num_other: tokens that are not the reference's most likely one.
       worst_error, mean_error: of the backend beside the reference, both in the run's dtype.
-      worst_gap: largest (reference's best - reference's logprob of the token) / max(|best|, 1), over all positions; 0
-        where all are its best.
+      worst_gap: largest (reference's best - reference's logit of the token) / |best|, over all positions; 0 where all
+        are its best.
       num_parted: answers with a token that is not the reference's most likely one, out of `num_answers`.
       worst_parting: largest gap of an answer's first such token.
       rounding_worst, rounding_mean: errors of the reference in the run's dtype beside itself in float32; 0 where they
@@ -50,6 +48,9 @@ class ParityResult:
       backend_mean: mean error of the backend beside the reference in float32; None likewise.
       tolerance: what `worst_error` and `worst_parting` may be: TOLERANCE, or twice the worst rounding if that is more.
       agrees: whether both are within it.
+      compared: "logits"; results of before they were kept: "logprobs", of the 20 most likely tokens.
+      worst_largest: the worst of the positions' largest difference of a logit over the reference's largest logit; None
+        where logprobs were compared.
     """
 
     backend: str
@@ -67,6 +68,8 @@ class ParityResult:
     backend_mean: float | None
     tolerance: float
     agrees: bool
+    compared: str = "logprobs"
+    worst_largest: float | None = None
 
 
 def prompts(vocab_size: int) -> list[list[int]]:
@@ -82,20 +85,20 @@ def prompts(vocab_size: int) -> list[list[int]]:
     return made
 
 
-def errors(found: Sequence[Scores], expected: Sequence[Scores]) -> list[float]:
-    """Of each position: over the tokens that both name, the norm of the differences over that of what is expected."""
-    made = []
-    for ours, theirs in zip(found, expected, strict=True):
-        both = ours.keys() & theirs.keys()
-        size = math.sqrt(sum(theirs[token] ** 2 for token in both))
-        made.append(math.sqrt(sum((ours[token] - theirs[token]) ** 2 for token in both)) / max(size, 1.0))
-    return made
+def errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
+    """Of each position's logits [V]: the norm of the difference over that of what is expected."""
+    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
 
 
-def gap(scores: Scores, token: int) -> float:
+def largest_errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
+    """Of each position: the largest difference over the largest of what is expected."""
+    return [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)]
+
+
+def gap(logits: np.ndarray, token: int) -> float:
     """How far `token` is below the best, relative to the best's size."""
-    best = max(scores.values())
-    return (best - scores[token]) / max(abs(best), 1.0)
+    best = logits.max()
+    return float((best - logits[token]) / abs(best))
 
 
 def partings(gaps: Sequence[Sequence[float]]) -> list[float]:
@@ -107,22 +110,19 @@ def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUT
     """Opens two or three engines, one after the other; `options` are those of `LLM`. Raises what it raises."""
     longest = max(LENGTHS) + output_tokens + 1
     options = {**options, "max_model_len": longest, "max_num_seqs": 2 * len(LENGTHS), "warm_up": False}
-    greedy = SamplingParams(
-        temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False, logprobs=MOST_LIKELY
-    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
     with bench_model(model, options) as (path, made):
         made["max_model_len"] = longest
-        with LLM(path, **made) as llm:
+        with LLM(path, **made) as llm, kept_logits(llm) as kept:
             plan = llm._client._core.runner.plan  # type: ignore[attr-defined]
             asked = prompts(llm._builder.limits.vocab_size)
-            answers = [answer.outputs[0] for answer in llm.generate(asked, greedy)]
-        del llm
+            tokens = [answer.outputs[0].token_ids for answer in llm.generate(asked, greedy)]
+            ours = _in_order(kept, asked, tokens, asked)
+        del llm, kept
         gc.collect()  # two caches do not fit
-        tokens = [answer.token_ids for answer in answers]
-        ours = [scores for answer in answers for scores in _scores(answer.logprobs)]
         made["attention_backend"] = "reference"
         theirs = _read(path, made, asked, tokens)
-        whole: list[Scores] | None = theirs
+        whole: list[np.ndarray] | None = theirs
         if plan.dtype.name != "float32":
             whole = _read_in_float32(path, made, asked, tokens)
     each = iter(theirs)
@@ -147,10 +147,23 @@ def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUT
         backend_mean=sum(beside) / len(beside) if beside else None,
         tolerance=tolerance,
         agrees=max(*found, *parted) <= tolerance,
+        compared="logits",
+        worst_largest=max(largest_errors(ours, theirs)),
     )
 
 
-def _read_in_float32(path: str, options: dict[str, Any], asked: Any, answered: Any) -> list[Scores] | None:
+def _in_order(
+    kept: Logits, asked: Sequence[Sequence[int]], answered: Sequence[Sequence[int]], read: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Of each answered token the logits that predict it, kept under the prompts in `read`."""
+    return [
+        kept[tuple(prompt), len(asked[index]) + at]
+        for index, prompt in enumerate(read)
+        for at in range(len(answered[index]))
+    ]
+
+
+def _read_in_float32(path: str, options: dict[str, Any], asked: Any, answered: Any) -> list[np.ndarray] | None:
     """None where it does not fit."""
     usual = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", "float32")  # a GPU's default is less: TF32
@@ -162,22 +175,15 @@ def _read_in_float32(path: str, options: dict[str, Any], asked: Any, answered: A
         jax.config.update("jax_default_matmul_precision", usual)
 
 
-def _scores(positions: Any) -> Iterator[Scores]:
-    for entries in positions:
-        yield {token: entry.logprob for token, entry in entries.items()}
-
-
 def _read(
     path: str, options: dict[str, Any], asked: Sequence[Sequence[int]], answered: Sequence[Sequence[int]]
-) -> list[Scores]:
-    """What an engine thinks of each answered token."""
-    scored = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, prompt_logprobs=MOST_LIKELY)
-    with LLM(path, **options) as llm:
-        read = llm.generate([[*prompt, *answer] for prompt, answer in zip(asked, answered, strict=True)], scored)
-    del llm
+) -> list[np.ndarray]:
+    """The logits with which an engine predicts each answered token."""
+    scored = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, prompt_logprobs=0)
+    joined = [[*prompt, *answer] for prompt, answer in zip(asked, answered, strict=True)]
+    with LLM(path, **options) as llm, kept_logits(llm) as kept:
+        llm.generate(joined, scored)
+        found = _in_order(kept, asked, answered, joined)
+    del llm, kept
     gc.collect()
-    found: list[Scores] = []
-    for prompt, scores in zip(asked, read, strict=True):
-        assert scores.prompt_logprobs is not None
-        found += _scores(scores.prompt_logprobs[len(prompt) :])
     return found

@@ -64,6 +64,11 @@ def speed(value: float | None) -> str:
     return fixed(value, 1 if value is not None and value < 1000 else 0)
 
 
+def percent(share: float | None) -> str:
+    """To a hundredth of one; empty without a value."""
+    return "" if share is None else f"{100 * share:.2f}%"
+
+
 def count(value: float | None) -> str:
     """A count, or the median of several."""
     return "" if value is None else f"{value:g}"
@@ -269,29 +274,27 @@ def memory(facts: Facts, results: Sequence[MemoryResult]) -> list[Table]:
 
 
 def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
-    """How far the kernel's logprobs and choices are from the reference's."""
+    """How far the kernel's logits and choices are from the reference's."""
     columns = ["backend", "beside", "greedy tokens", "not its best", "worst gap", "answers parted", "worst gap there"]
-    columns += ["worst error", "mean error"]
+    columns += ["compared", "worst error", "mean error", "worst single logit"]
     columns += ["within 2%", "tolerance", "", "reference beside float32: worst", "mean", "backend beside float32: mean"]
     rows = []
     for r in results:
         counts = count(r.num_tokens), count(r.num_other)
-        parted = f"{r.num_parted} of {r.num_answers}", f"{100 * r.worst_parting:.2f}%"
-        found = r.worst_error, r.mean_error
-        rows.append([r.backend, r.reference, *counts, f"{100 * r.worst_gap:.2f}%", *parted])
-        rows[-1] += [f"{100 * each:.2f}%" for each in found]
+        parted = f"{r.num_parted} of {r.num_answers}", percent(r.worst_parting)
+        rows.append([r.backend, r.reference, *counts, percent(r.worst_gap), *parted, r.compared])
+        rows[-1] += map(percent, (r.worst_error, r.mean_error, r.worst_largest))
         strict = ("errors", r.worst_error), ("partings", r.worst_parting)
         within = [name for name, worst in strict if worst <= TOLERANCE]
-        rows[-1] += [" and ".join(within) or "neither", f"{100 * r.tolerance:.2f}%"]
-        rows[-1].append("agree" if r.agrees else "DIFFER")
-        beside = r.rounding_worst, r.rounding_mean, r.backend_mean
-        rows[-1] += ["" if each is None else f"{100 * each:.2f}%" for each in beside]
+        rows[-1] += [" and ".join(within) or "neither", percent(r.tolerance), "agree" if r.agrees else "DIFFER"]
+        rows[-1] += map(percent, (r.rounding_worst, r.rounding_mean, r.backend_mean))
     note = (
-        "An error is that of one position: the norm of the differences of its most likely tokens' logprobs over the "
-        "norm of the reference's. A gap is how far below the reference's best token a chosen one lies, relative "
-        "to that one's logprob; an answer parts at its first token that is not the reference's best. Tolerance, of the "
-        "worst error and of the worst gap where answers part: 2%, or twice what rounding to the run's dtype does to "
-        "the reference where that is more."
+        "An error is that of one position: the norm of the differences over the norm of the reference's, of all logits "
+        "or of the logprobs of the most likely tokens; that of a single logit: the largest difference over the "
+        "reference's largest logit. A gap is how far below the reference's best token a chosen one lies, relative "
+        "to that one's logit or logprob; an answer parts at its first token that is not the reference's best. "
+        "Tolerance, of the worst error and of the worst gap where answers part: 2%, or twice what rounding to the "
+        "run's dtype does to the reference where that is more."
     )
     return [Table("Greedy tokens beside the reference path", columns, rows, [note])]
 

@@ -69,6 +69,7 @@ class Device:
         self._state: SlotState = jax.tree.map(_zeros, self._lowering.state())
         self._history = _zeros(self._lowering.tables()["history"])
         self._packed = _zeros(self._lowering.packed())
+        self._staged: np.ndarray | None = None  # what `_packed` holds
         self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers())
         self._all_hidden: jax.Array | None = None
         self._tables: dict[str, jax.Array] | None = None
@@ -89,17 +90,25 @@ class Device:
     # Launching
 
     def forward(self, key: Forward, packed: list[np.ndarray]) -> None:
-        """Runs a step's forward pass over each rank's packed array. What it leaves for the sampler, and all hidden rows
-        if `key` asks for them, stay here until the next one."""
-        joined = packed[0] if len(packed) == 1 else np.concatenate(packed)
-        self._reserve_for(self._packed)
-        staged = place(joined, self._by_rank) if self._is_shared else joined
-        self._packed = self.executables.get(Stage())(self._packed, staged)
+        """Runs a step's forward pass over each rank's packed array, which must not change afterwards. What it leaves
+        for the sampler, and all hidden rows if `key` asks for them, stay here until the next one."""
+        self._stage(packed[0] if len(packed) == 1 else np.concatenate(packed))
         run = self.executables.get(key)
         self._all_hidden = None  # before the next ones are allocated
         self.caches, self._state, self._buffers, self._history, self._all_hidden = run(
             self.leaves, self.caches, self._state, self._buffers, self._history, self._packed
         )
+
+    def _stage(self, packed: np.ndarray) -> None:
+        """Brings a step's metadata to the device, unless it is the last step's: decodes of few rows, whose tokens and
+        lengths the device knows, say nothing new until one of them needs a page."""
+        if self._staged is not None and np.array_equal(packed, self._staged):
+            return
+        self._reserve_for(self._packed)
+        placed = place(packed, self._by_rank) if self._is_shared else packed
+        self._staged = None
+        self._packed = self.executables.get(Stage())(self._packed, placed)
+        self._staged = packed
 
     def sample(self, key: Sample) -> jax.Array:
         """Samples what the last forward pass has left; int32[rows, columns] as `read_rank` reads it."""

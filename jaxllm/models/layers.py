@@ -281,8 +281,10 @@ class Attention(nnx.Module):
         """Queries, keys and values, each [T, heads, head_dim], from [T, out] of the projection."""
         heads = self._heads
         left_to_xla = backend == "tpu" and of_decodes  # so few rows XLA keeps in VMEM by itself
-        if backend in ("gpu", "tpu") and not left_to_xla and qk.has_kernel(qkv, rope, heads, backend):
-            return qk.qk_norm_rope(qkv, rope, self._norm_weights, heads, backend=backend)
+        weights = self._norm_weights
+        of_gpu_or_tpu = backend in ("gpu", "tpu") and not left_to_xla
+        if of_gpu_or_tpu and qk.has_kernel(qkv, rope, heads, backend, is_normed=weights is not None):
+            return qk.qk_norm_rope(qkv, rope, weights, heads, backend=backend)
         if backend == "gpu" and 2 * rope[0].shape[1] == self.head_dim:
             joined = self._normed(qkv.reshape(qkv.shape[0], -1, self.head_dim))
             rotating = self.heads + self.kv_heads

@@ -9,12 +9,15 @@ from .types import Heads
 BACKENDS = ("reference", "gpu", "tpu")
 
 
-def has_kernel(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads, backend: str) -> bool:
-    """Whether `backend` has a kernel that gains something for these shapes; "reference" takes all."""
+def has_kernel(
+    qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads, backend: str, *, is_normed: bool
+) -> bool:
+    """Whether `backend` has a kernel that gains something for these shapes, with norms or without; "reference" takes
+    all."""
     if backend == "gpu":
         from . import gpu  # Pallas takes time to import
 
-        return len(qkv) >= gpu.MIN_TOKENS and gpu.supports(qkv, tables, heads)
+        return (is_normed or len(qkv) >= gpu.MIN_TOKENS) and gpu.supports(qkv, tables, heads)
     if backend == "tpu":
         from . import tpu
 

@@ -3,7 +3,8 @@ are.
 
 A block is a token: its heads come by TMA as a tile of up to 64 rows, are normalized and rotated in registers, and go
 back. Bytes: the queries and keys once in and once out. XLA's kernel for the rotation passes the values too, and takes
-more than twice as long for thousands of tokens; for fewer than MIN_TOKENS it is the faster one.
+more than twice as long for thousands of tokens; for fewer than MIN_TOKENS it is the faster one, if there are no norms:
+those take two kernels more.
 """
 
 import jax

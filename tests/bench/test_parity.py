@@ -1,21 +1,40 @@
 """Parity tells a kernel that is wrong from one that rounds."""
 
+import numpy as np
 import pytest
 
+from jaxllm import SamplingParams
 from jaxllm.bench import parity
+from jaxllm.bench.kept_logits import kept_logits
+from tests.engine import tiny
 
 SIZES = dict(max_num_seqs=4, max_num_batched_tokens=64, token_rungs=(4, 64), page_size=16)  # those of `tiny_flags`
 
 
-def test_errors_are_relative_and_over_tokens_that_both_name():
-    found = parity.errors([{1: -3.0, 2: -4.1, 9: -8.0}], [{1: -3.0, 2: -4.0, 7: -9.0}])
-    assert found == [pytest.approx(0.1 / 5)]
-    assert parity.errors([{1: -0.1}], [{1: -0.2}]) == [pytest.approx(0.1)]  # of small logprobs the difference itself
+def test_errors_are_relative_to_all_logits():
+    expected = np.array([3.0, -4.0, 0.0])
+    assert parity.errors([expected + [0, 0, 0.5]], [expected]) == [pytest.approx(0.1)]
+    assert parity.largest_errors([expected + [0.2, 0, -1.0]], [expected]) == [pytest.approx(0.25)]
 
 
 def test_a_gap_is_from_the_best():
-    assert parity.gap({1: -4.0, 2: -5.0}, 1) == 0.0
-    assert parity.gap({1: -4.0, 2: -5.0}, 2) == pytest.approx(0.25)
+    assert parity.gap(np.array([0.0, 4.0, 3.0]), 1) == 0.0
+    assert parity.gap(np.array([-5.0, -4.0, -9.0]), 0) == pytest.approx(0.25)
+
+
+def test_logits_are_kept_of_answers_and_of_prompts(tmp_path):
+    """Those of the model in numpy, whichever step has computed them: whole prompts, chunks or decodes."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, tiny.VOCAB, length).tolist() for length in (1, 9, 60, 33)]
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=0)
+    options = dict(max_num_batched_tokens=32, token_rungs=(4, 32), max_num_seqs=3)
+    with tiny.llm(tiny.write_checkpoint("llama", tmp_path), **options) as llm, kept_logits(llm) as kept:
+        answers = llm.generate(prompts, greedy)
+    assert len(kept) == sum(len(prompt) - 1 + 6 for prompt in prompts)
+    for prompt, answer in zip(prompts, answers):
+        expected = tiny.reference_logits(prompt + answer.outputs[0].token_ids)
+        for position in range(1, len(prompt) + 6):
+            np.testing.assert_allclose(kept[tuple(prompt), position], expected[position - 1], atol=1e-4)
 
 
 def test_an_answer_parts_once():
@@ -29,4 +48,4 @@ def test_rounding_is_measured_and_allowed(tiny_flags):
     assert 0 < result.rounding_mean <= result.rounding_worst and result.backend_mean < 3 * result.rounding_mean
     assert result.tolerance == max(parity.TOLERANCE, 2 * result.rounding_worst) and result.agrees
     assert result.worst_parting <= result.worst_gap and result.num_parted <= result.num_other <= result.num_tokens
-    assert result.num_answers == 18
+    assert result.num_answers == 18 and result.compared == "logits" and 0 <= result.worst_largest < parity.TOLERANCE

@@ -73,12 +73,13 @@ def test_a_token_of_nan_stays_alone():
 
 
 def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
-    def offered(tokens: int, heads: Heads, rotated: int, dtype=jnp.bfloat16) -> bool:
-        table = jax.ShapeDtypeStruct((tokens, rotated // 2), jnp.float32)
-        return has_kernel(jax.ShapeDtypeStruct((tokens, heads.width), dtype), (table, table), heads, "gpu")
+    def offered(tokens: int, heads: Heads, rotated: int, dtype=jnp.bfloat16, is_normed=False) -> bool:
+        table, qkv = jax.ShapeDtypeStruct((tokens, rotated // 2), jnp.float32), (tokens, heads.width)
+        return has_kernel(jax.ShapeDtypeStruct(qkv, dtype), (table, table), heads, "gpu", is_normed=is_normed)
 
     llama = Heads(32, 8, 128)
     assert offered(128, llama, 128) and not offered(64, llama, 128)  # XLA's is the faster one
+    assert offered(1, Heads(16, 8, 128), 128, is_normed=True)  # of XLA's there would be three
     assert not offered(4096, Heads(64, 8, 128), 128)  # more heads than a tile has rows
     assert not offered(4096, llama, 64) and not offered(4096, llama, 128, jnp.float32)
     heads = Heads(8, 2, 64)

@@ -73,12 +73,16 @@ def test_a_row_does_not_depend_on_the_others():
 def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
     heads = Heads(2, 1, 128)
     qkv, tables, _ = _inputs(32, heads)
-    assert has_kernel(qkv, tables, heads, "tpu") and not has_kernel(qkv, tables, heads, "gpu")
+    assert has_kernel(qkv, tables, heads, "tpu", is_normed=True) and not has_kernel(
+        qkv, tables, heads, "gpu", is_normed=True
+    )
     halved = tuple(table[:, :32] for table in tables)  # part of a head is rotated
-    assert has_kernel(qkv, halved, heads, "reference") and not has_kernel(qkv, halved, heads, "tpu")
+    assert has_kernel(qkv, halved, heads, "reference", is_normed=True) and not has_kernel(
+        qkv, halved, heads, "tpu", is_normed=True
+    )
     short = tuple(table[:24] for table in tables)
-    assert not has_kernel(qkv[:24], short, heads, "tpu")
-    assert not has_kernel(qkv, halved, Heads(4, 2, 64), "tpu")
+    assert not has_kernel(qkv[:24], short, heads, "tpu", is_normed=True)
+    assert not has_kernel(qkv, halved, Heads(4, 2, 64), "tpu", is_normed=True)
     with pytest.raises(ValueError, match="T a multiple of 16"):
         tpu.qk_norm_rope(qkv[:24], short, None, heads)
     with pytest.raises(ValueError, match=r"must be \[T, 512\]"):
