@@ -49,6 +49,8 @@ class ParityResult:
       tolerance: what `worst_error` and `worst_parting` may be: TOLERANCE, or twice the worst rounding if that is more.
       agrees: whether both are within it.
       compared: "logits"; results of before they were kept: "logprobs", of the 20 most likely tokens.
+      whole_error: of the backend beside the reference, over all positions at once; `whole_rounding` likewise of the
+        reference beside itself in float32. None where logprobs were compared, or float32 did not fit.
       worst_largest: the worst of the positions' largest difference of a logit over the reference's largest logit; None
         where logprobs were compared.
     """
@@ -69,6 +71,8 @@ class ParityResult:
     tolerance: float
     agrees: bool
     compared: str = "logprobs"
+    whole_error: float | None = None
+    whole_rounding: float | None = None
     worst_largest: float | None = None
 
 
@@ -88,6 +92,12 @@ def prompts(vocab_size: int) -> list[list[int]]:
 def errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
     """Of each position's logits [V]: the norm of the difference over that of what is expected."""
     return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
+
+
+def whole_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """Of all positions at once, so that those with small logits count little."""
+    squares = [(np.sum((a - b) ** 2), np.sum(b**2)) for a, b in zip(found, expected, strict=True)]
+    return float(np.sqrt(sum(of_difference for of_difference, _ in squares) / sum(size for _, size in squares)))
 
 
 def largest_errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
@@ -148,6 +158,8 @@ def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUT
         tolerance=tolerance,
         agrees=max(*found, *parted) <= tolerance,
         compared="logits",
+        whole_error=whole_error(ours, theirs),
+        whole_rounding=None if whole is None else whole_error(theirs, whole),
         worst_largest=max(largest_errors(ours, theirs)),
     )
 

@@ -7,6 +7,8 @@ more than twice as long for thousands of tokens; for fewer than MIN_TOKENS it is
 those take two kernels more.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,10 +24,11 @@ WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(0)
 
 
 def supports(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads) -> bool:
-    """Whether queries and keys together fill a tile's rows by eights, and are rotated whole."""
+    """Whether queries and keys together fill a register tile's rows by eights, all heads tiles of four at least, and
+    whether they are rotated whole."""
     rotating = heads.queries + heads.keys
-    fits = rotating <= ROWS and rotating % 8 == 0 and 2 * tables[0].shape[1] == heads.dim in (64, 128, 256)
-    return fits and qkv.dtype == jnp.bfloat16
+    fits = rotating <= ROWS and rotating % 8 == 0 == heads.keys % 4
+    return fits and 2 * tables[0].shape[1] == heads.dim in (64, 128, 256) and qkv.dtype == jnp.bfloat16
 
 
 def _columns(value: jax.Array) -> jax.Array:
@@ -47,7 +50,8 @@ def qk_norm_rope(
     if not supports(qkv, tables, heads):
         raise ValueError(
             f"{rotating} heads of {head_dim} {qkv.dtype.name}, of which {2 * tables[0].shape[1]} dims are rotated, are "
-            f"not supported on GPU: bfloat16, up to {ROWS} heads, a multiple of 8, of 64, 128 or 256, rotated whole"
+            f"not supported on GPU: bfloat16, up to {ROWS} heads, a multiple of 8 (for keys of 4), of 64, 128 or 256, "
+            "rotated whole"
         )
     x = qkv.reshape(len(qkv), -1, head_dim)
     held = jax.new_ref(x)
@@ -92,7 +96,7 @@ def qk_norm_rope(
     plgpu.kernel(
         body,
         out_type=(),
-        scratch_types=(tiled((ROWS, head_dim), x.dtype), plgpu.Barrier()),
+        scratch_types=(tiled((ROWS, head_dim), x.dtype, span=half, rows=math.gcd(8, heads.keys)), plgpu.Barrier()),
         grid=(len(x),),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),

@@ -14,6 +14,7 @@ SIZES = dict(max_num_seqs=4, max_num_batched_tokens=64, token_rungs=(4, 64), pag
 def test_errors_are_relative_to_all_logits():
     expected = np.array([3.0, -4.0, 0.0])
     assert parity.errors([expected + [0, 0, 0.5]], [expected]) == [pytest.approx(0.1)]
+    assert parity.whole_error([expected + [0, 0, 3.0], 0 * expected], [expected, 0 * expected]) == pytest.approx(0.6)
     assert parity.largest_errors([expected + [0.2, 0, -1.0]], [expected]) == [pytest.approx(0.25)]
 
 
@@ -48,4 +49,5 @@ def test_rounding_is_measured_and_allowed(tiny_flags):
     assert 0 < result.rounding_mean <= result.rounding_worst and result.backend_mean < 3 * result.rounding_mean
     assert result.tolerance == max(parity.TOLERANCE, 2 * result.rounding_worst) and result.agrees
     assert result.worst_parting <= result.worst_gap and result.num_parted <= result.num_other <= result.num_tokens
+    assert 0 <= result.whole_error < result.whole_rounding < result.rounding_worst
     assert result.num_answers == 18 and result.compared == "logits" and 0 <= result.worst_largest < parity.TOLERANCE

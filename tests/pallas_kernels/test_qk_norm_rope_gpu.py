@@ -45,7 +45,7 @@ def _joined(parts) -> np.ndarray:
     [
         (1, Heads(32, 8, 128, 1e-6)),
         (3, Heads(16, 8, 128, 1e-6)),
-        (2, Heads(7, 1, 64, 1e-6)),
+        (2, Heads(28, 4, 64, 1e-6)),  # tiles of four rows
         (2, Heads(4, 4, 256, 1e-6, unit_offset=True)),  # Gemma's
         (2, Heads(56, 8, 64, 1e-6)),  # as many as a tile has rows
     ],
@@ -72,6 +72,15 @@ def test_a_token_of_nan_stays_alone():
     assert np.isnan(dirty[1]).all()
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("queries", "keys"), [(32, 8), (28, 4), (12, 4)])
+def test_every_supported_head_lowers(queries, keys, dim):
+    """Interpreters take tiles and slices of shared memory that Mosaic refuses."""
+    heads = Heads(queries, keys, dim, 1e-6)
+    run = jax.jit(lambda *inputs: gpu.qk_norm_rope(*inputs, heads))
+    run.trace(*_inputs(2, heads, True)).lower(lowering_platforms=("cuda",))
+
+
 def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
     def offered(tokens: int, heads: Heads, rotated: int, dtype=jnp.bfloat16, is_normed=False) -> bool:
         table, qkv = jax.ShapeDtypeStruct((tokens, rotated // 2), jnp.float32), (tokens, heads.width)
@@ -81,6 +90,7 @@ def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
     assert offered(128, llama, 128) and not offered(64, llama, 128)  # XLA's is the faster one
     assert offered(1, Heads(16, 8, 128), 128, is_normed=True)  # of XLA's there would be three
     assert not offered(4096, Heads(64, 8, 128), 128)  # more heads than a tile has rows
+    assert not offered(4096, Heads(14, 2, 64), 64)  # 18 heads a token are not made up of tiles
     assert not offered(4096, llama, 64) and not offered(4096, llama, 128, jnp.float32)
     heads = Heads(8, 2, 64)
     qkv, tables, _ = _inputs(2, heads, False)
