@@ -7,8 +7,6 @@ more than twice as long for thousands of tokens; for fewer than MIN_TOKENS it is
 those take two kernels more.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,10 +22,10 @@ WGMMA, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(0)
 
 
 def supports(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads) -> bool:
-    """Whether queries and keys together fill a register tile's rows by eights, all heads tiles of four at least, and
-    whether they are rotated whole."""
+    """Whether queries and keys together, and all heads of a token, are made up of tiles of eight rows, and are rotated
+    whole. Tiles of four lower, too, but what TMA puts there is not where registers are loaded from."""
     rotating = heads.queries + heads.keys
-    fits = rotating <= ROWS and rotating % 8 == 0 == heads.keys % 4
+    fits = rotating <= ROWS and rotating % 8 == 0 == heads.keys % 8
     return fits and 2 * tables[0].shape[1] == heads.dim in (64, 128, 256) and qkv.dtype == jnp.bfloat16
 
 
@@ -50,8 +48,8 @@ def qk_norm_rope(
     if not supports(qkv, tables, heads):
         raise ValueError(
             f"{rotating} heads of {head_dim} {qkv.dtype.name}, of which {2 * tables[0].shape[1]} dims are rotated, are "
-            f"not supported on GPU: bfloat16, up to {ROWS} heads, a multiple of 8 (for keys of 4), of 64, 128 or 256, "
-            "rotated whole"
+            f"not supported on GPU: bfloat16, up to {ROWS} heads, a multiple of 8 for keys and for queries, of 64, "
+            "128 or 256, rotated whole"
         )
     x = qkv.reshape(len(qkv), -1, head_dim)
     held = jax.new_ref(x)
@@ -96,7 +94,7 @@ def qk_norm_rope(
     plgpu.kernel(
         body,
         out_type=(),
-        scratch_types=(tiled((ROWS, head_dim), x.dtype, span=half, rows=math.gcd(8, heads.keys)), plgpu.Barrier()),
+        scratch_types=(tiled((ROWS, head_dim), x.dtype, span=half), plgpu.Barrier()),
         grid=(len(x),),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),

@@ -45,8 +45,8 @@ def _joined(parts) -> np.ndarray:
     [
         (1, Heads(32, 8, 128, 1e-6)),
         (3, Heads(16, 8, 128, 1e-6)),
-        (2, Heads(28, 4, 64, 1e-6)),  # tiles of four rows
-        (2, Heads(4, 4, 256, 1e-6, unit_offset=True)),  # Gemma's
+        (2, Heads(24, 8, 64, 1e-6)),
+        (2, Heads(8, 8, 256, 1e-6, unit_offset=True)),  # Gemma's
         (2, Heads(56, 8, 64, 1e-6)),  # as many as a tile has rows
     ],
 )
@@ -73,7 +73,7 @@ def test_a_token_of_nan_stays_alone():
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize(("queries", "keys"), [(32, 8), (28, 4), (12, 4)])
+@pytest.mark.parametrize(("queries", "keys"), [(32, 8), (8, 8), (40, 16)])
 def test_every_supported_head_lowers(queries, keys, dim):
     """Interpreters take tiles and slices of shared memory that Mosaic refuses."""
     heads = Heads(queries, keys, dim, 1e-6)
@@ -90,7 +90,7 @@ def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
     assert offered(128, llama, 128) and not offered(64, llama, 128)  # XLA's is the faster one
     assert offered(1, Heads(16, 8, 128), 128, is_normed=True)  # of XLA's there would be three
     assert not offered(4096, Heads(64, 8, 128), 128)  # more heads than a tile has rows
-    assert not offered(4096, Heads(14, 2, 64), 64)  # 18 heads a token are not made up of tiles
+    assert not offered(4096, Heads(28, 4, 128), 128)  # 36 heads a token are not made up of tiles of eight
     assert not offered(4096, llama, 64) and not offered(4096, llama, 128, jnp.float32)
     heads = Heads(8, 2, 64)
     qkv, tables, _ = _inputs(2, heads, False)

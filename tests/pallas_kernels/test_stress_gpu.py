@@ -14,7 +14,7 @@ from pallas_kernels.qk_norm_rope import Heads
 
 INTERPRET = dict(interpret=plgpu.InterpretGPUParams())
 SMALL = dataclasses.replace(gated_matmul.tuned(), columns=64, blocks=4, slots=3, band=2)
-HEADS = Heads(4, 4, 64, eps=stress_gpu.EPS)
+HEADS = Heads(8, 8, 64, eps=stress_gpu.EPS)
 CASES = {
     "gated": next(stress_gpu.gated([(256, 64, 64)], config=SMALL, **INTERPRET)),
     "norm": next(stress_gpu.norms([(5, 256, 0)], **INTERPRET)),
