@@ -26,16 +26,21 @@ class Session:
     """What the measurements over one engine share.
 
     Attributes:
+      hf: the contents of the model's config.json.
       facts: what goes into files of results.
       start_seconds: from `LLM(...)` to ready; `warm_up_seconds` the compilation of everything after that.
     """
 
     llm: LLM
     cost: ModelCost
-    vocab_size: int
+    hf: dict[str, Any]
     facts: Facts
     start_seconds: float
     warm_up_seconds: float
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf["vocab_size"]
 
     @property
     def ceilings(self) -> Ceilings | None:
@@ -123,4 +128,4 @@ def open_session(
             ready = time.perf_counter()
             if warm_up:
                 llm.warm_up()
-            yield Session(llm, cost, hf["vocab_size"], facts, start_seconds, time.perf_counter() - ready)
+            yield Session(llm, cost, hf, facts, start_seconds, time.perf_counter() - ready)

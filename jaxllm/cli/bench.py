@@ -1,4 +1,4 @@
-"""`jaxllm bench`: throughput, latency and serve; all of them and more in one run; and the report."""
+"""`jaxllm bench`: throughput, latency and serve; all of them and more in one run; the report; and calibrations."""
 
 import asyncio
 import dataclasses
@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxllm.cli.calibrate import calibrate
 from jaxllm.cli.options import Command, engine_options
 
 app = typer.Typer(no_args_is_help=True, help="Measure the engine and set it beside the hardware's floor and its peers.")
+app.command()(calibrate)
 
 
 @dataclasses.dataclass(kw_only=True)

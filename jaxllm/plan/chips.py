@@ -102,7 +102,8 @@ class Calibration:
       sampler_seconds: what sampling costs besides its passes.
       sampler_passes: times that a row's float32 logits go through memory.
       step_seconds: what a step costs besides: gaps between kernels and between steps.
-      all_reduce_seconds: what an all-reduce costs besides its bytes.
+      all_reduce_seconds: what an all-reduce costs besides its bytes; None: it was not measured, and nothing is known of
+        several devices together.
       host_step_seconds: what the host takes to launch a step and to read one, so that no step is shorter.
       host_prompt_token_seconds: what the host takes for a token of a prompt before the first step: checks, the hashes
         of pages.
@@ -123,7 +124,7 @@ class Calibration:
     sampler_seconds: float
     sampler_passes: float
     step_seconds: float
-    all_reduce_seconds: float
+    all_reduce_seconds: float | None
     host_step_seconds: float
     host_prompt_token_seconds: float
 
@@ -169,12 +170,15 @@ def read_calibration(path: Path) -> Calibration:
     try:
         gemm = tuple(sorted((float(rows), float(speed)) for rows, speed in found.pop("gemm")))
         chip, sources = str(found.pop("chip")), tuple(found.pop("sources"))
-        numbers = {name: float(value) for name, value in found.items()}
+        numbers: dict[str, Any] = {
+            name: None if name == "all_reduce_seconds" and value is None else float(value)
+            for name, value in found.items()
+        }
     except (TypeError, ValueError) as error:
         raise ConfigError(f"calibration={str(path)!r}: {error}") from error
     if not gemm or min(speed for _, speed in gemm) <= 0 or min(rows for rows, _ in gemm) <= 0:
         raise ConfigError(f"calibration={str(path)!r}: gemm must hold pairs of positive numbers")
     for name, value in numbers.items():
-        if value < 0 or (value == 0 and not name.endswith(("_seconds", "_passes", "_keys"))):
+        if value is not None and (value < 0 or (value == 0 and not name.endswith(("_seconds", "_passes", "_keys")))):
             raise ConfigError(f"calibration={str(path)!r}: {name}={value!r}: must be positive")
     return Calibration(chip=chip, sources=sources, gemm=gemm, **numbers)

@@ -85,12 +85,15 @@ class Clock:
 
     @property
     def _known(self) -> Calibration | None:
-        """The calibration, where it is one of this dtype."""
-        return self.calibration if self.whole.itemsize == 2 else None
+        """The calibration, where it is one of this dtype, and knows of sums over shards if there are some."""
+        known = self.calibration
+        if known is None or self.whole.itemsize != 2 or (self.tensor > 1 and known.all_reduce_seconds is None):
+            return None
+        return known
 
     def predict(self, step: Step) -> float | None:
         """What a step takes by the chip's calibration, which is the longer of the device's part and the host's; None
-        without one, or in another dtype than it was taken in."""
+        without one, in another dtype than it was taken in, or over shards where no sum over them was measured."""
         known = self._known
         return None if known is None else max(self._on_device(step, known), known.host_step_seconds)
 
@@ -110,7 +113,8 @@ class Clock:
         passed = tokens * (cost.active_weights - cost.tail_weights) + min(sampled, tokens) * cost.tail_weights
         rows = passed * cost.itemsize / read
         seconds = known.gemm_seconds(rows, read) + known.step_seconds + self.sums(tokens)
-        seconds += layers * (known.layer_seconds + (2 * known.all_reduce_seconds if self.tensor > 1 else 0.0))
+        each_sum = known.all_reduce_seconds or 0.0
+        seconds += layers * (known.layer_seconds + (2 * each_sum if self.tensor > 1 else 0.0))
         seconds += layers * tokens * self.hidden_size * cost.itemsize * known.layer_passes / known.bandwidth
         if sampled:
             logits = sampled * self.vocab_size // self.tensor * 4

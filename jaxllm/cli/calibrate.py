@@ -1,0 +1,94 @@
+"""`jaxllm bench calibrate`: what this chip's parts of a step cost, for the predictions of `jaxllm plan`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SIZES = {"token_rungs": (256, 512, 1024, 2048, 4096, 8192), "decode_rungs": (2, 16, 64, 128, 256)}
+MODELS = "shape:llama-3.1-8b", "shape:qwen3-0.6b"  # products decide in the one, the number of layers in the other
+
+
+def calibrate(
+    output: Annotated[Path, typer.Option(help="write the calibration to this file, for jaxllm plan --calibration")],
+    *,
+    model: Annotated[
+        list[str] | None, typer.Option(help="run this model; may be given again (default: a large and a small shape)")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="run the models once more over so many devices")
+    ] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="runs of each batch, of which the fastest counts")] = 2,
+    commit: Annotated[str | None, typer.Option(help="which commit this is, where git cannot tell")] = None,
+) -> None:
+    """Run short batches of known shapes on this device and fit what the parts of a step cost."""
+    from rich.console import Console
+
+    from jaxllm.errors import ConfigError
+
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: must be a file in a directory that exists")
+    make(output, model or MODELS, SIZES, sorted({1, tensor_parallel_size}), rounds, commit, Console())
+
+
+def make(
+    output: Path,
+    models: Sequence[str],
+    options: dict[str, Any],
+    tensor_sizes: Sequence[int],
+    rounds: int,
+    commit: str | None,
+    console: Any,
+    chip_kind: str | None = None,
+) -> None:
+    """Writes the file and prints how well it predicts its own runs. chip_kind: pretends to be such a device."""
+    import jax
+
+    from jaxllm.bench.session import open_session
+    from jaxllm.bench.short_runs import short_run
+    from jaxllm.plan import calibrate
+    from jaxllm.plan.fit import clock, read_model
+    from jaxllm.plan.simulate import steps
+
+    ceilings: Any = True
+    runs, facts = [], None
+    for tensor in tensor_sizes:
+        for name in models:
+            given = {**options, "tensor_parallel_size": tensor}
+            with open_session(name, given, ceilings=ceilings, commit=commit) as session:
+                chip = calibrate.chip_of(chip_kind or jax.devices()[0].device_kind)
+                facts = facts or session.facts
+                if ceilings is True:
+                    ceilings = facts.ceilings
+                plan, hf = session.core.runner.plan, session.hf
+                times = clock(read_model(name, hf, plan.dtype.name), chip, None, tensor)
+                for title, requests in calibrate.runs_of(session.vocab_size, plan.scheduler.max_model_len):
+                    made = list(steps(requests, plan.scheduler, plan.groups, plan.decode_rungs))
+                    found = short_run(session, requests, rounds)
+                    tokens = sum(len(prompt) for prompt, _ in requests)
+                    title = f"{session.facts.model}, {title}" + (f", {tensor} shards" if tensor > 1 else "")
+                    runs.append(
+                        calibrate.Run(
+                            title, times, made, found.seconds, found.host_seconds, tokens, found.admission_seconds
+                        )
+                    )
+    assert facts is not None and facts.ceilings is not None
+    sources = [
+        f"One {facts.device}, driver {facts.driver}, {facts.host}; jaxllm at {facts.commit}, jax {facts.jax}, "
+        f"{facts.date[:10]}: {facts.command}",
+        f"bandwidth: a copy, {facts.ceilings.bandwidth / 1e12:.3g} TB/s; its products reached "
+        f"{facts.ceilings.flops / 1e12:.0f} TFLOP/s",
+    ]
+    fitted = calibrate.solve(chip, runs, facts.ceilings.bandwidth, sources)
+    off = calibrate.errors(fitted, runs)
+    worst = max(off, key=lambda title: abs(off[title]))
+    fitted = calibrate.with_source(
+        fitted,
+        f"all others: fitted to {len(runs)} runs of {', '.join(models)}, which are predicted within "
+        f"{abs(off[worst]):.0%} (the worst: {worst}), {sum(map(abs, off.values())) / len(off):.1%} on average",
+    )
+    calibrate.write(fitted, output)
+    for run in runs:
+        console.print(f"{run.name}: {run.seconds:.3f} s, predicted {off[run.name]:+.1%}", highlight=False)
+    console.print(f"{output}: {fitted.sources[-1]}", highlight=False, soft_wrap=True)

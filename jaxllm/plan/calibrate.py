@@ -1,0 +1,216 @@
+"""A chip's calibration from short runs on it: what the parts of a step cost, so that the predictor gives their times.
+
+`Clock` predicts a step as a sum over its parts, in proportion to what each part costs. So a run's seconds are a sum
+over unknowns, with factors that follow from the steps that the scheduler makes of it. Runs of few and many rows, short
+and long contexts and prompts, of a large and a small model, tell the unknowns apart; they are the least squares
+solution in which none is negative (Lawson and Hanson, 1974), of relative errors.
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.errors import ConfigError
+from jaxllm.plan.chips import Calibration, Chip, chips
+from jaxllm.plan.times import Clock, Step
+
+Requests = list[tuple[list[int], int]]  # prompts and how many tokens to generate
+
+# (requests, prompt tokens, output tokens). Products are read off rows of one token, then keys, prompts, both mixed.
+RUNS = (
+    (1, 32, 96), (16, 32, 64), (64, 32, 64), (128, 32, 48), (256, 16, 48),
+    (1, 4096, 64), (1, 16000, 48), (16, 4096, 48), (64, 1024, 48), (128, 512, 40), (256, 256, 40), (256, 512, 24),
+    (1, 1024, 1), (1, 2048, 1), (1, 8192, 1), (1, 16000, 1), (8, 2048, 1), (4, 8192, 1), (64, 256, 1), (512, 32, 1),
+)  # fmt: skip
+MIXED = 160, 600, 64  # requests, and the most tokens of a prompt and of an answer, drawn evenly
+DECODE_TILE_ROWS = {"gpu": 64.0, "tpu": 1.0}  # query heads that share one read of common keys: the kernels' own
+HOST_BOUND = 0.9  # share of a run's seconds in which the host worked: what is above says nothing of the device
+SOME_BOUND = 0.05  # share of a run's steps
+_NOTHING = {
+    name: 0.0
+    for name in (
+        "decode_layer_seconds", "decode_row_seconds", "prefill_extra_keys", "layer_seconds", "layer_passes",
+        "sampler_seconds", "sampler_passes", "step_seconds", "all_reduce_seconds", "host_step_seconds",
+        "host_prompt_token_seconds",
+    )
+} | {"decode_bandwidth": np.inf, "prefill_flops": np.inf}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run on the device.
+
+    Attributes:
+      clock: of the model, without a calibration.
+      steps: as the scheduler made them.
+      seconds: from the first launch to the last token.
+      host_seconds: of these, what the engine's loop worked itself.
+      prompt_tokens, admission_seconds: of all prompts, and how long they took before the first launch.
+    """
+
+    name: str
+    clock: Clock
+    steps: Sequence[Step]
+    seconds: float
+    host_seconds: float
+    prompt_tokens: int
+    admission_seconds: float
+
+
+def runs_of(vocab_size: int, max_model_len: int) -> Iterator[tuple[str, Requests]]:
+    """What to run, by name: prompts that share nothing. What is too long for the engine is left out."""
+    rng = random.Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(1, vocab_size) for _ in range(length)]
+
+    for count, length, output in RUNS:
+        if length + output <= max_model_len:
+            yield f"{count} × {length} + {output}", [(prompt(length), output) for _ in range(count)]
+    count, longest, most = MIXED
+    if longest + most <= max_model_len:
+        requests = [(prompt(rng.randint(1, longest)), rng.randint(1, most)) for _ in range(count)]
+        yield f"{count} mixed", requests
+
+
+def chip_of(device_kind: str) -> Chip:
+    """The chip of this `jax.Device.device_kind`. Raises ConfigError naming those that there are."""
+    known = {chip.kind: chip for chip in chips().values()}
+    if device_kind not in known:
+        raise ConfigError(f"this device is {device_kind!r}: a calibration is of {', '.join(sorted(known))}")
+    return known[device_kind]
+
+
+def _unknowns(knots: Sequence[float], base: Calibration) -> dict[str, tuple[Calibration, Calibration | None]]:
+    """Calibrations under which a step takes as long as its factor of an unknown is; where there are two, the difference
+    of both. Products: "gemm N" is by how much those of N rows, and of more, take longer than those of the knot before,
+    in seconds a byte of weights."""
+
+    def alone(**fields: Any) -> Calibration:
+        return dataclasses.replace(base, **fields)
+
+    made: dict[str, tuple[Calibration, Calibration | None]] = {
+        f"gemm {knot:g}": (alone(gemm=tuple((at, 1.0 if at >= knot else np.inf) for at in knots)), None)
+        for knot in knots
+    }
+    names = "decode_layer_seconds", "decode_row_seconds", "layer_seconds", "layer_passes", "sampler_seconds"
+    made |= {name: (alone(**{name: 1.0}), None) for name in (*names, "sampler_passes", "step_seconds")}
+    made["decode_bandwidth"] = alone(decode_bandwidth=1.0), None
+    queried = alone(prefill_flops=1.0)
+    made["prefill_flops"] = queried, None
+    made["prefill_extra_keys"] = dataclasses.replace(queried, prefill_extra_keys=1.0), queried
+    made["all_reduce_seconds"] = alone(all_reduce_seconds=1.0), None
+    return made
+
+
+def _device_seconds(clock: Clock, known: Calibration, steps: Sequence[Step]) -> float:
+    timed = dataclasses.replace(clock, calibration=known)
+    return sum(timed.predict(step) or 0.0 for step in steps)
+
+
+def solve(chip: Chip, runs: Sequence[Run], bandwidth: float, sources: Sequence[str]) -> Calibration:
+    """The calibration under which the runs are predicted best.
+
+    Runs in which the host decides tell how long it takes for a step, and nothing of the device. Which have such steps
+    besides longer ones shows once the device's times are known, so that it is fitted again without them.
+
+    Args:
+      bandwidth: bytes/s of a copy on one device.
+      sources: what the runs were, for the file.
+
+    Raises:
+      ConfigError: the runs do not tell the parts apart.
+    """
+    told = [run for run in runs if run.host_seconds < HOST_BOUND * run.seconds]
+    if not told:
+        raise ConfigError("the host takes longer than the device for every run: nothing is known of the device")
+    bound = [run.seconds / len(run.steps) for run in runs if run not in told]
+    most = max(runs, key=lambda run: run.prompt_tokens)
+    host = {
+        "host_step_seconds": min(bound or [run.host_seconds / len(run.steps) for run in runs]),
+        "host_prompt_token_seconds": most.admission_seconds / most.prompt_tokens,
+    }
+    while True:
+        found = _fit(chip, told, bandwidth)
+        known = dataclasses.replace(found, sources=tuple(sources), **host)  # type: ignore[arg-type]
+        kept = [run for run in told if _share_bound(run, found, host["host_step_seconds"]) < SOME_BOUND]
+        if len(kept) in (0, len(told)):
+            return known
+        told = kept
+
+
+def _share_bound(run: Run, known: Calibration, host_step_seconds: float) -> float:
+    """Of its steps, how many the host takes longer for than the device."""
+    timed = dataclasses.replace(run.clock, calibration=known)
+    return sum((timed.predict(step) or 0.0) < host_step_seconds for step in run.steps) / len(run.steps)
+
+
+def _fit(chip: Chip, runs: Sequence[Run], bandwidth: float) -> Calibration:
+    """The device's part. Raises ConfigError as `solve` does."""
+    from scipy.optimize import nnls  # JAX needs it, too
+
+    knots = sorted({float(step.num_padded or step.num_tokens) for run in runs for step in run.steps})
+    base = Calibration(
+        chip=chip.name,
+        sources=(),
+        bandwidth=bandwidth,
+        gemm=tuple((knot, np.inf) for knot in knots),
+        decode_tile_rows=DECODE_TILE_ROWS[chip.platform],
+        **_NOTHING,
+    )
+    unknowns = _unknowns(knots, base)
+    factors, wanted = [], []
+    for run in runs:
+        offset = _device_seconds(run.clock, base, run.steps)  # sums over shards, at the links' speed
+        row = []
+        for first, second in unknowns.values():
+            each = _device_seconds(run.clock, first, run.steps) - offset
+            row.append(each if second is None else each - _device_seconds(run.clock, second, run.steps) + offset)
+        factors.append(np.array(row) / run.seconds)
+        wanted.append(1 - offset / run.seconds)
+    matrix = np.array(factors)
+    scale = np.where(matrix.any(0), np.abs(matrix).max(0), 1.0)
+    found = dict(zip(unknowns, nnls(matrix / scale, np.array(wanted))[0] / scale, strict=True))
+    passed = np.cumsum([found.pop(f"gemm {knot:g}") for knot in knots])
+    of_keys, of_queries = found.pop("decode_bandwidth"), found.pop("prefill_flops")
+    if not (passed[0] > 0 and of_keys > 0 and of_queries > 0):
+        raise ConfigError("the runs do not tell products, keys and prompts apart: too few, too short, or too noisy")
+    sums = found.pop("all_reduce_seconds")
+    return dataclasses.replace(
+        base,
+        gemm=tuple((knot, 1 / float(each)) for knot, each in zip(knots, passed, strict=True)),
+        decode_bandwidth=1 / float(of_keys),
+        prefill_flops=1 / float(of_queries),
+        prefill_extra_keys=float(found.pop("prefill_extra_keys") / of_queries),
+        all_reduce_seconds=float(sums) if any(run.clock.tensor > 1 for run in runs) else None,
+        **{name: float(value) for name, value in found.items()},  # type: ignore[arg-type]
+    )
+
+
+def with_source(calibration: Calibration, source: str) -> Calibration:
+    """The same with a line more of where it is from."""
+    return dataclasses.replace(calibration, sources=(*calibration.sources, source))
+
+
+def write(calibration: Calibration, path: Path) -> None:
+    """As `read_calibration` reads it."""
+    fields = {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in dataclasses.asdict(calibration).items()
+    }
+    fields["gemm"] = [[rows, float(f"{speed:.4g}")] for rows, speed in calibration.gemm]
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def errors(calibration: Calibration, runs: Sequence[Run]) -> dict[str, float]:
+    """Predicted over measured, less one, of each run."""
+    found = {}
+    for run in runs:
+        clock = dataclasses.replace(run.clock, calibration=calibration)
+        found[run.name] = sum(clock.predict(step) or 0.0 for step in run.steps) / run.seconds - 1
+    return found
