@@ -43,6 +43,8 @@ def make(
     chip_kind: str | None = None,
 ) -> None:
     """Writes the file and prints how well it predicts its own runs. chip_kind: pretends to be such a device."""
+    import gc
+
     import jax
 
     from jaxllm.bench.session import open_session
@@ -73,6 +75,8 @@ def make(
                             title, times, made, found.seconds, found.host_seconds, tokens, found.admission_seconds
                         )
                     )
+            del session, plan
+            gc.collect()  # two models' caches do not fit
     assert facts is not None and facts.ceilings is not None
     sources = [
         f"One {facts.device}, driver {facts.driver}, {facts.host}; jaxllm at {facts.commit}, jax {facts.jax}, "
