@@ -77,10 +77,12 @@ def measure_attention(
     dtype: Any,
     page_size: int,
     ceilings: Ceilings | None = None,
+    given: Mapping[tuple[str, str], Rows] | None = None,
 ) -> Iterator[AttentionResult]:
     """Times every batch with the heads of a config.json, one after the other.
 
     Args:
+      given: the batches; None: those of `batches`.
       ceilings: of one device.
 
     Raises:
@@ -109,7 +111,7 @@ def measure_attention(
             made.append(cache)
         return q, made
 
-    for (kind, name), rows in batches(on_cpu).items():
+    for (kind, name), rows in (given or batches(on_cpu)).items():
         tokens = sum(queries for queries, _ in rows)
         metadata = make_metadata(
             np.random.default_rng(0),

@@ -54,29 +54,28 @@ def make(
     from jaxllm.plan.simulate import steps
 
     ceilings: Any = True
+    attention: list[Any] = []
     runs, facts = [], None
     for tensor in tensor_sizes:
         for name in models:
             given = {**options, "tensor_parallel_size": tensor}
             with open_session(name, given, ceilings=ceilings, commit=commit) as session:
                 chip = calibrate.chip_of(chip_kind or jax.devices()[0].device_kind)
-                facts = facts or session.facts
-                if ceilings is True:
-                    ceilings = facts.ceilings
-                plan, hf = session.core.runner.plan, session.hf
+                facts, plan, hf = facts or session.facts, session.core.runner.plan, session.hf
+                ceilings = session.ceilings if ceilings is True else ceilings
                 times = clock(read_model(name, hf, plan.dtype.name), chip, None, tensor)
                 for title, requests in calibrate.runs_of(session.vocab_size, plan.scheduler.max_model_len):
                     made = list(steps(requests, plan.scheduler, plan.groups, plan.decode_rungs))
                     found = short_run(session, requests, rounds)
                     tokens = sum(len(prompt) for prompt, _ in requests)
                     title = f"{session.facts.model}, {title}" + (f", {tensor} shards" if tensor > 1 else "")
-                    runs.append(
-                        calibrate.Run(
-                            title, times, made, found.seconds, found.host_seconds, tokens, found.admission_seconds
-                        )
-                    )
+                    took = found.seconds, found.host_seconds
+                    runs.append(calibrate.Run(title, times, made, *took, tokens, found.admission_seconds))
+            backend = plan.backend, plan.dtype, plan.page_size
             del session, plan
             gc.collect()  # two models' caches do not fit
+            if not attention:
+                attention = _attention(times, hf, *backend)
     assert facts is not None and facts.ceilings is not None
     sources = [
         f"One {facts.device}, driver {facts.driver}, {facts.host}; jaxllm at {facts.commit}, jax {facts.jax}, "
@@ -84,15 +83,31 @@ def make(
         f"bandwidth: a copy, {facts.ceilings.bandwidth / 1e12:.3g} TB/s; its products reached "
         f"{facts.ceilings.flops / 1e12:.0f} TFLOP/s",
     ]
-    fitted = calibrate.solve(chip, runs, facts.ceilings.bandwidth, sources)
+    fitted = calibrate.solve(chip, runs, attention, facts.ceilings.bandwidth, sources)
     off = calibrate.errors(fitted, runs)
     worst = max(off, key=lambda title: abs(off[title]))
+    mean = sum(map(abs, off.values())) / len(off)
     fitted = calibrate.with_source(
         fitted,
-        f"all others: fitted to {len(runs)} runs of {', '.join(models)}, which are predicted within "
-        f"{abs(off[worst]):.0%} (the worst: {worst}), {sum(map(abs, off.values())) / len(off):.1%} on average",
+        f"all others: fitted to {len(attention)} times of attention and {len(runs)} runs of {', '.join(models)}; the "
+        f"{len(off)} in which the device decides are predicted within {abs(off[worst]):.0%} (the worst: {worst}), "
+        f"{mean:.1%} on average",
     )
     calibrate.write(fitted, output)
     for run in runs:
-        console.print(f"{run.name}: {run.seconds:.3f} s, predicted {off[run.name]:+.1%}", highlight=False)
+        told = f"predicted {off[run.name]:+.1%}" if run.name in off else "the host decides"
+        console.print(f"{run.name}: {run.device_seconds:.3f} s, {told}", highlight=False)
     console.print(f"{output}: {fitted.sources[-1]}", highlight=False, soft_wrap=True)
+
+
+def _attention(clock: Any, hf: Any, backend: str, dtype: Any, page_size: int) -> list[Any]:
+    """What attention takes with a model's heads, by its kernels where the profiler tells them."""
+    from jaxllm.bench.attention import measure_attention
+    from jaxllm.plan import calibrate
+
+    given = {("prefill" if rows[0][0] > 1 else "decode", name): rows for name, rows in calibrate.ATTENTION.items()}
+    found = measure_attention(hf, backend=backend, dtype=dtype, page_size=page_size, given=given)
+    return [
+        calibrate.AttentionTime(clock, rows, result.kernel_seconds or result.seconds)
+        for rows, result in zip(given.values(), found, strict=True)
+    ]

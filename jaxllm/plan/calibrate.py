@@ -2,8 +2,9 @@
 
 `Clock` predicts a step as a sum over its parts, in proportion to what each part costs. So a run's seconds are a sum
 over unknowns, with factors that follow from the steps that the scheduler makes of it. Runs of few and many rows, short
-and long contexts and prompts, of a large and a small model, tell the unknowns apart; they are the least squares
-solution in which none is negative (Lawson and Hanson, 1974), of relative errors.
+and long contexts and prompts, of a large and a small model, tell the unknowns apart, but for attention's, which are a
+small part of most steps: its kernels are timed alone besides. All are the least squares solution in which none is
+negative (Lawson and Hanson, 1974), of relative errors.
 """
 
 import dataclasses
@@ -27,9 +28,21 @@ RUNS = (
     (1, 4096, 64), (1, 16000, 48), (16, 4096, 48), (64, 1024, 48), (128, 512, 40), (256, 256, 40), (256, 512, 24),
     (1, 1024, 1), (1, 2048, 1), (1, 8192, 1), (1, 16000, 1), (8, 2048, 1), (4, 8192, 1), (64, 256, 1), (512, 32, 1),
 )  # fmt: skip
+ATTENTION = {  # (query tokens, keys) of each row
+    "64 × 2048": [(1, 2048)] * 64,
+    "8 × 8192": [(1, 8192)] * 8,
+    "1 × 8192": [(1, 8192)],
+    "1 × 512": [(1, 512)],
+    "16 × 128": [(1, 128)] * 16,
+    "64 × 128": [(1, 128)] * 64,
+    "256 ragged": [(1, 64 + 5 * row // 2) for row in range(256)],
+    "8192 prompt": [(8192, 8192)],
+    "4 × 2048 prompt": [(2048, 2048)] * 4,
+    "2048 after 14336": [(2048, 16384)],
+}
 MIXED = 160, 600, 64  # requests, and the most tokens of a prompt and of an answer, drawn evenly
 DECODE_TILE_ROWS = {"gpu": 64.0, "tpu": 1.0}  # query heads that share one read of common keys: the kernels' own
-HOST_BOUND = 0.9  # share of a run's seconds in which the host worked: what is above says nothing of the device
+HOST_BOUND = 0.8  # the host's work on a run over the device's seconds: what is above says nothing of the device
 SOME_BOUND = 0.05  # share of a run's steps
 _NOTHING = {
     name: 0.0
@@ -60,6 +73,31 @@ class Run:
     host_seconds: float
     prompt_tokens: int
     admission_seconds: float
+
+    @property
+    def device_seconds(self) -> float:
+        """Without the host's work on one step: launching the first one and reading the last is hidden by no other."""
+        return self.seconds - self.host_seconds / len(self.steps)
+
+    @property
+    def is_of_device(self) -> bool:
+        """Whether the device decides how long it takes."""
+        return self.host_seconds < HOST_BOUND * self.device_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTime:
+    """What the attention kernels of one layer took. `clock`: of the model, without a calibration."""
+
+    clock: Clock
+    rows: Sequence[tuple[int, int]]  # query tokens and keys of each
+    seconds: float
+
+    @property
+    def step(self) -> Step:
+        """Of the same attention."""
+        spans = [(keys - queries, keys) for queries, keys in self.rows if queries > 1]
+        return Step(spans=spans, contexts=[keys for queries, keys in self.rows if queries == 1])
 
 
 def runs_of(vocab_size: int, max_model_len: int) -> Iterator[tuple[str, Requests]]:
@@ -113,8 +151,10 @@ def _device_seconds(clock: Clock, known: Calibration, steps: Sequence[Step]) -> 
     return sum(timed.predict(step) or 0.0 for step in steps)
 
 
-def solve(chip: Chip, runs: Sequence[Run], bandwidth: float, sources: Sequence[str]) -> Calibration:
-    """The calibration under which the runs are predicted best.
+def solve(
+    chip: Chip, runs: Sequence[Run], attention: Sequence[AttentionTime], bandwidth: float, sources: Sequence[str]
+) -> Calibration:
+    """The calibration under which runs and attention are predicted best.
 
     Runs in which the host decides tell how long it takes for a step, and nothing of the device. Which have such steps
     besides longer ones shows once the device's times are known, so that it is fitted again without them.
@@ -126,17 +166,17 @@ def solve(chip: Chip, runs: Sequence[Run], bandwidth: float, sources: Sequence[s
     Raises:
       ConfigError: the runs do not tell the parts apart.
     """
-    told = [run for run in runs if run.host_seconds < HOST_BOUND * run.seconds]
+    told = [run for run in runs if run.is_of_device]
     if not told:
         raise ConfigError("the host takes longer than the device for every run: nothing is known of the device")
-    bound = [run.seconds / len(run.steps) for run in runs if run not in told]
+    bound = [run.seconds / len(run.steps) for run in runs if run not in told and len(run.steps) > 1]
     most = max(runs, key=lambda run: run.prompt_tokens)
     host = {
         "host_step_seconds": min(bound or [run.host_seconds / len(run.steps) for run in runs]),
         "host_prompt_token_seconds": most.admission_seconds / most.prompt_tokens,
     }
     while True:
-        found = _fit(chip, told, bandwidth)
+        found = _fit(chip, told, attention, bandwidth)
         known = dataclasses.replace(found, sources=tuple(sources), **host)  # type: ignore[arg-type]
         kept = [run for run in told if _share_bound(run, found, host["host_step_seconds"]) < SOME_BOUND]
         if len(kept) in (0, len(told)):
@@ -150,7 +190,7 @@ def _share_bound(run: Run, known: Calibration, host_step_seconds: float) -> floa
     return sum((timed.predict(step) or 0.0) < host_step_seconds for step in run.steps) / len(run.steps)
 
 
-def _fit(chip: Chip, runs: Sequence[Run], bandwidth: float) -> Calibration:
+def _fit(chip: Chip, runs: Sequence[Run], attention: Sequence[AttentionTime], bandwidth: float) -> Calibration:
     """The device's part. Raises ConfigError as `solve` does."""
     from scipy.optimize import nnls  # JAX needs it, too
 
@@ -164,15 +204,27 @@ def _fit(chip: Chip, runs: Sequence[Run], bandwidth: float) -> Calibration:
         **_NOTHING,
     )
     unknowns = _unknowns(knots, base)
+
+    def row(clock: Clock, steps: Sequence[Step]) -> np.ndarray:
+        """Factors of the unknowns."""
+        nothing = _device_seconds(clock, base, steps)
+        values = [
+            _device_seconds(clock, first, steps)
+            - (nothing if second is None else _device_seconds(clock, second, steps))
+            for first, second in unknowns.values()
+        ]
+        return np.array(values)
+
     factors, wanted = [], []
     for run in runs:
-        offset = _device_seconds(run.clock, base, run.steps)  # sums over shards, at the links' speed
-        row = []
-        for first, second in unknowns.values():
-            each = _device_seconds(run.clock, first, run.steps) - offset
-            row.append(each if second is None else each - _device_seconds(run.clock, second, run.steps) + offset)
-        factors.append(np.array(row) / run.seconds)
-        wanted.append(1 - offset / run.seconds)
+        linked = _device_seconds(run.clock, base, run.steps)  # sums over shards, at the links' speed
+        factors.append(row(run.clock, run.steps) / run.device_seconds)
+        wanted.append(1 - linked / run.device_seconds)
+    of_attention = np.array([name.startswith(("decode", "prefill")) for name in unknowns])
+    for each in attention:
+        layers = len(each.clock.whole.windows)
+        factors.append(row(each.clock, [each.step]) * of_attention / layers / each.seconds)
+        wanted.append(1.0)
     matrix = np.array(factors)
     scale = np.where(matrix.any(0), np.abs(matrix).max(0), 1.0)
     found = dict(zip(unknowns, nnls(matrix / scale, np.array(wanted))[0] / scale, strict=True))
@@ -208,9 +260,9 @@ def write(calibration: Calibration, path: Path) -> None:
 
 
 def errors(calibration: Calibration, runs: Sequence[Run]) -> dict[str, float]:
-    """Predicted over measured, less one, of each run."""
+    """Predicted over measured, less one, of each run in which the device decides."""
     found = {}
-    for run in runs:
+    for run in [run for run in runs if run.is_of_device]:
         clock = dataclasses.replace(run.clock, calibration=calibration)
-        found[run.name] = sum(clock.predict(step) or 0.0 for step in run.steps) / run.seconds - 1
+        found[run.name] = sum(clock.predict(step) or 0.0 for step in run.steps) / run.device_seconds - 1
     return found
