@@ -35,7 +35,9 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", "auto: float32 on CPU, bfloat16 elsewhere")
     max_model_len: int | None = _option(None, "most tokens of one request, prompt and output; None: the model's limit")
     max_num_seqs: int | None = _option(None, "requests that run at once; None: 32 on CPU, 256 elsewhere")
-    max_num_batched_tokens: int | None = _option(None, "token budget of a step; None: 1024 on CPU, 8192 elsewhere")
+    max_num_batched_tokens: int | None = _option(
+        None, "token budget of a step; None: 1024 on CPU, 2048 on TPU, 8192 on GPU"
+    )
     token_rungs: tuple[int, ...] | None = _option(None, "compiled step sizes; None: chosen, about powers of two")
     decode_rungs: tuple[int, ...] | None = _option(
         None, "compiled sizes of steps whose rows all have one token; None: a ladder up to max_num_seqs, none on CPU"

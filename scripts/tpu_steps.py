@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Whole models compiled for TPUs that are not there: does a step fit, what does it move, multiply and exchange?
 
-    PYTHONPATH=. python scripts/tpu_steps.py [--only TEXT] [--steps decode prefill long full] [--layers N]
+    PYTHONPATH=. python scripts/tpu_steps.py [--only TEXT] [--steps decode prefill long batch mixed full] [--layers N]
 
 Needs libtpu (the development packages have it) and no TPU. For each model and slice it compiles the engine's forward
 pass and greedy sampler as the engine runs them, and prints a row of the table in docs/tpu.md, which explains it.
 
-Steps: `decode`, 64 rows of 1024 tokens; `prefill`, a prompt of 2048; `long`, one of 8192; `full`, 256 rows that fill
-the cache, of 1024 tokens at most. A row takes from seconds to minutes, that of 80 layers longest. Exit status 1 if a
-step does not fit, copies a weight or a cache, or exchanges what the design does not name.
+Steps: `decode`, 64 rows of 1024 tokens; `prefill`, a prompt of 2048, which is as much as a step takes; `long`, as much
+of a prompt after 6144 tokens of it; `batch`, 8 prompts of 256; `mixed`, 64 rows of 1024 beside as much of a prompt as
+fits; `full`, 256 rows that fill the cache, of 1024 tokens at most. A row takes from seconds to minutes, that of 80
+layers longest. Exit status 1 if a step does not fit, copies a weight or a cache, or exchanges what the design does not
+name.
 """
 
 import argparse
@@ -44,7 +46,9 @@ def steps_of(engine: Engine, names: list[str]) -> list[Step]:
     known = {
         "decode": decode_step(64, 1024),
         "prefill": prefill_step(1, 2048),
-        "long": prefill_step(1, 8192),
+        "long": Step("prefill 2048 after 6144", (2048,), (8192,)),
+        "batch": prefill_step(8, 256),
+        "mixed": Step("decode 64 × 1024, prefill 1984", (1,) * 64 + (1984,), decode_step(64, 1024).kv_lens + (1984,)),
         "full": decode_step(256, most),
     }
     return [known[name] for name in names]
@@ -76,7 +80,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models and slices whose name has this in it")
     parser.add_argument(
-        "--steps", nargs="+", choices=("decode", "prefill", "long", "full"), default=["decode", "prefill"]
+        "--steps",
+        nargs="+",
+        choices=("decode", "prefill", "long", "batch", "mixed", "full"),
+        default=["decode", "prefill"],
     )
     parser.add_argument("--layers", type=int, help="how many layers of each model; all of them by default")
     options = parser.parse_args()

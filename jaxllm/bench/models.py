@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxllm.bench.workloads import MODEL_SHAPES
 from jaxllm.errors import ModelNotFoundError
+from jaxllm.models.registry import ARCHITECTURES
 
 PREFIX = "shape:"
 SHAPE_MAX_MODEL_LEN = 18432  # tokens; what the peers' figures were taken with
@@ -29,7 +30,8 @@ def bench_model(model: str, options: dict[str, Any]) -> Iterator[tuple[str, dict
         return
     name = model.removeprefix(PREFIX)
     if name not in MODEL_SHAPES:
-        raise ModelNotFoundError(f"model={model!r}: the shapes are {', '.join(MODEL_SHAPES)}")
+        served = [name for name, hf in MODEL_SHAPES.items() if hf["architectures"][0] in ARCHITECTURES]
+        raise ModelNotFoundError(f"model={model!r}: the shapes are {', '.join(served)}")
     with tempfile.TemporaryDirectory(prefix="jaxllm-bench-") as directory:
         Path(directory, "config.json").write_text(json.dumps(MODEL_SHAPES[name]))
         length = min(SHAPE_MAX_MODEL_LEN, MODEL_SHAPES[name]["max_position_embeddings"])

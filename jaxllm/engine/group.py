@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300  # for all processes to have been started
 STUCK_SECONDS = 5.0  # after a loss, in a launch that does not return
+STALLED_SECONDS = 600.0  # that process 0 waits for a step while all are alive; a compilation may be among it
 FAILED_SECONDS = 20.0  # in which a launch that has failed in one process fails in process 0 too, or the group ends
 
 # Options that may differ: they say who a process is, or matter to it alone, or to process 0.
@@ -180,11 +181,15 @@ class Group:
             now = time.monotonic()
             late = now - before - beat
             for peer in self._peers:
-                peer.offer(b"")
+                peer.offer(self._sign())
                 peer.seen += max(0.0, late)  # while this process stood still it could not hear
                 if now - peer.seen > self._timeout:
                     self._lose(f"{peer.name} has given no sign of life for {self._timeout:g} s")
             self._look()
+
+    def _sign(self) -> bytes:
+        """Of life."""
+        return b""
 
     def _look(self) -> None:
         """What else is looked after."""
@@ -225,6 +230,8 @@ class Leader(Group):
 
     def __init__(self, peers: list[Peer], timeout: float):
         self._failures: dict[int, tuple[float, str]] = {}  # launches that have failed elsewhere, by process: since when
+        self._num_called = 0
+        self._num_done = {peer.process: 0 for peer in peers}  # of these, as of the last sign of life
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future]] = queue.SimpleQueue()
         super().__init__(0, len(peers) + 1, peers, timeout)
         threading.Thread(target=self._work, name="read", daemon=True).start()
@@ -240,6 +247,7 @@ class Leader(Group):
         """Has all others call their device's method."""
         self.check()
         data = calls.encode("call", (name, args))
+        self._num_called += 1
         for peer in self._peers:
             self._send_bytes(peer, data)
 
@@ -255,11 +263,15 @@ class Leader(Group):
             raise RuntimeError("; ".join(errors))
 
     def wait[T](self, function: Callable[[], T]) -> T:
-        """Its result, which may take forever once a process is lost: that raises EngineDeadError instead."""
+        """Its result, which may take forever once a process is lost or stuck: that raises EngineDeadError instead."""
         self.check()
         job: concurrent.futures.Future = concurrent.futures.Future()
         self._jobs.put((function, job))
-        concurrent.futures.wait((job, self._lost), return_when=concurrent.futures.FIRST_COMPLETED)
+        first = concurrent.futures.FIRST_COMPLETED
+        if not concurrent.futures.wait((job, self._lost), STALLED_SECONDS, first).done:
+            behind = [peer.name for peer in self._peers if self._num_done[peer.process] < self._num_called]
+            stuck = f"stuck before the end of a launch: {', '.join(behind)}" if behind else "the devices are stuck"
+            self._lose(f"a step has not ended for {STALLED_SECONDS:g} s, though all processes are alive; {stuck}")
         self.check()
         return job.result()
 
@@ -274,7 +286,9 @@ class Leader(Group):
             del function, job
 
     def _take(self, peer: Peer, kind: str, content: Any) -> None:
-        if kind == "failed":
+        if kind == "done":
+            self._num_done[peer.process] = content
+        elif kind == "failed":
             self._failures[peer.process] = time.monotonic(), f"{peer.name}: {content}"
         else:
             super()._take(peer, kind, content)
@@ -290,7 +304,11 @@ class Follower(Group):
 
     def __init__(self, process: int, size: int, leader: Peer, timeout: float):
         self._leader = leader
+        self._num_done = 0  # calls that this process is through with
         super().__init__(process, size, [leader], timeout)
+
+    def _sign(self) -> bytes:
+        return calls.encode("done", self._num_done)
 
     def exchange(self, value: Any) -> list[Any]:
         self._send(self._leader, "value", value)
@@ -306,6 +324,7 @@ class Follower(Group):
             kind, content = message
             assert kind == "call", kind
             yield content[0], content[1]
+            self._num_done += 1
 
     def answer(self, error: str | None, of_launch: bool = False) -> None:
         """Tells how a call has ended; of those that nobody waits for only that they have failed."""

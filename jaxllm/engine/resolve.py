@@ -70,24 +70,33 @@ def resolve_backend(config: EngineConfig) -> str:
     """What was asked for, else the TPU's or the Hopper kernel where it runs, else plain XLA, said in the log.
 
     Raises:
-      ConfigError: an accelerator's kernel was asked for and there is no such accelerator.
+      ConfigError: an accelerator's kernel was asked for and there is no such accelerator, or one that it lacks.
     """
     if config.attention_backend in ("gpu", "tpu") and jax.default_backend() != config.attention_backend:
         name = config.attention_backend
         raise ConfigError(
             f"attention_backend={name!r}: needs a {name.upper()}; JAX runs on {jax.default_backend()!r} here"
         )
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "0.0"))
+    is_hopper = capability.split(".")[0] == "9"
+    has_sizes = device.platform == "tpu" and tpu_sizes.supports(device.device_kind)
+    if config.attention_backend == "gpu" and not is_hopper:
+        raise ConfigError(
+            f"attention_backend='gpu': the kernels need Hopper (compute capability 9.0); this is {device.device_kind} "
+            f"({capability}), where 'xla' runs"
+        )
+    if config.attention_backend == "tpu" and not has_sizes:
+        raise ConfigError(f"attention_backend='tpu': the kernels have no sizes for {device.device_kind}; 'xla' runs")
     if config.attention_backend is not None:
         return config.attention_backend
-    device = jax.devices()[0]
     if device.platform == "tpu":
-        if tpu_sizes.supports(device.device_kind):
+        if has_sizes:
             return "tpu"
         logger.warning("%s: attention runs through plain XLA, the kernel has no sizes for it", device.device_kind)
     if device.platform != "gpu":
         return "xla"
-    capability = str(getattr(device, "compute_capability", "0.0"))
-    if int(capability.split(".")[0]) == 9:
+    if is_hopper:
         return "gpu"
     logger.warning(
         "%s (compute capability %s): attention runs through plain XLA, the kernel needs Hopper (9.0)",
@@ -147,7 +156,7 @@ def plan_engine(config: EngineConfig, model: CausalLM, least: Callable[[int], in
     limit = model.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
-    max_num_seqs, budget = memory.default_limits(config, on_cpu)
+    max_num_seqs, budget = memory.default_limits(config, jax.default_backend())
     rungs = config.token_rungs or memory.default_rungs(budget, jax.default_backend())
 
     layers = model.layer_caches()

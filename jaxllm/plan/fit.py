@@ -135,7 +135,7 @@ def fit(model: Model, chip: Chip, config: EngineConfig, *, data: int, tensor: in
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len={config.max_model_len}: the model's limit is {limit}")
     shape, part = model.config.for_shards(tensor), model.shard(tensor)
-    max_num_seqs, step_tokens = memory.default_limits(config, on_cpu=False)
+    max_num_seqs, step_tokens = memory.default_limits(config, chip.platform)
     budget = memory.Budget(
         limit=chip.device_limit(data * tensor),
         utilization=config.memory_utilization,

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -101,6 +102,25 @@ def test_calls_come_in_order_and_answers_are_awaited(pair):
         leader.collect(5)
     with pytest.raises(EngineDeadError, match=r"process 1 .* in 0.1 s"):
         leader.collect(0.1)
+
+
+def test_one_that_lives_and_does_not_come_on_is_named(pair, monkeypatch):
+    """Process 1 is through with both calls, process 2 hangs in the second."""
+    leader, followers = pair
+    monkeypatch.setattr(group, "STALLED_SECONDS", 2.5)  # two signs of life
+    for number in (1, 2):
+        leader.call("one", (number,))
+    heard = [follower.calls() for follower in followers]
+    for each in heard:
+        next(each), next(each)
+    followers[0].answer(None)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(next, heard[0], None)  # asks for a third
+        assert leader.wait(lambda: 7) == 7
+        with pytest.raises(EngineDeadError, match=r"has not ended for 2.5 s.* of a launch: process 2 \([^,]*\)$"):
+            leader.wait(threading.Event().wait)
+        with pytest.raises(EngineDeadError):
+            leader.check()
 
 
 def test_closing_ends_the_followers(pair):

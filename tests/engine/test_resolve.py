@@ -1,6 +1,7 @@
 """The attention of a model on GPUs that are not there."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import jax
@@ -88,3 +89,16 @@ def test_gpus_other_than_hopper_run_plain_xla_and_the_log_says_so(monkeypatch, c
     assert plan.backend == backend and plan.dtype == jnp.bfloat16
     said = f"{kind} (compute capability {capability}): attention runs through plain XLA, the kernel needs Hopper (9.0)"
     assert caplog.messages == ([said] if backend == "xla" else [])
+    asked = EngineConfig(kv_cache_memory_bytes=10_000_000, attention_backend="gpu")
+    if backend == "gpu":
+        assert resolve.plan_engine(asked, model).backend == "gpu"
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"this is {kind} ({capability}), where 'xla' runs")):
+            resolve.plan_engine(asked, model)
+
+
+def test_kernels_for_tpus_that_they_have_no_sizes_for_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="tpu", device_kind="TPU v3")])
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ConfigError, match="attention_backend='tpu': the kernels have no sizes for TPU v3"):
+        resolve.resolve_backend(EngineConfig(attention_backend="tpu"))
