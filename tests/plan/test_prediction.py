@@ -53,6 +53,18 @@ def test_the_h100_is_predicted_within_15_percent(name, which):
     assert (made.output_tokens, made.steps) == (found.output_tokens, found.steps)
 
 
+@pytest.mark.parametrize("count", [1, 32, 128])
+def test_times_to_tokens_are_those_of_a_batch_that_was_measured(count):
+    """TTFT and TPOT as the plan's columns have them: a batch of so many takes the one and 63 times the other."""
+    large, output = model("llama-3.1-8b"), 64
+    known = calibration_of(H100)
+    options = EngineConfig(model="llama-3.1-8b", max_model_len=18432, max_num_seqs=count)  # the plan has a row of it
+    made = make_plan(large, H100, options, known, chips=1, context=128, output_len=output)
+    batch = next(each for each in made.throughput.batches if each.requests == count)
+    taken = MEASURED["llama-3.1-8b", f"static_batch_{count}"].seconds
+    assert batch.ttft.predicted + (output - 1) * batch.tpot.predicted == pytest.approx(taken, rel=0.15)
+
+
 # Seconds on one H200 (b6430fd, 2026-11-30, one run each), in the engines that its calibration had been taken with, in
 # which none of these workloads is.
 H200_MEASURED = {
