@@ -55,7 +55,8 @@ def decode(
         pages = cdiv(kv_len, page) - first
         blocks = cdiv(pages, sizes.keys // page)
         own = 4 * blocks * sizes.keys * problem.num_kv_heads * problem.group * problem.key_lanes
-        total += Traffic(pages * page * token, problem.tile * token, own, (bundle - 1) * own)
+        read = cdiv(kv_len - first * page, problem.tile) * problem.tile * token
+        total += Traffic(read, problem.tile * token, own, (bundle - 1) * own)
     return total
 
 
