@@ -34,7 +34,7 @@ def kept_logits(llm: LLM) -> Iterator[Logits]:
             rows[: len(part)] = [row for row, _, _ in part]
             found = np.asarray(logits_of(device._head, hidden[rows]))
             for values, (_, request, position) in zip(found, part):
-                kept[tuple(request.tokens[: request.num_prompt_tokens]), position] = values
+                kept[tuple(request.tokens[: request.num_prompt_tokens]), position] = values.copy()  # not all ROWS
 
     @functools.wraps(sample)
     def keep_sampled(launched: Launched, masks: Any = None) -> None:

@@ -3,9 +3,10 @@
 An engine on the default backend generates greedily, and the logits of each token are kept. Then engines on the
 reference backend read each prompt with its answer at once, and the logits that predict each token are kept: one in the
 run's dtype, and where that is not float32 another one in float32, which shows what rounding alone does to the reference
-path: random weights of dozens of layers enlarge it. The kernel's logits must agree with the reference path's within
-`TOLERANCE`, or within what two such roundings differ by, and where an answer parts from the one that the reference path
-would give, both tokens must tie within that. What comes after that token is another text, which the reference path
+path: random weights of dozens of layers enlarge it. The kernel's logits must agree with the reference path's, all of
+them together within `TOLERANCE`, or within what two such roundings differ by, those of each position within that and
+what two roundings of the reference there do; and where an answer parts from the one that the reference path would give,
+both tokens must tie within the first. What comes after that token is another text, which the reference path
 would not write; its logits are compared, its choices only counted.
 """
 
@@ -25,6 +26,7 @@ from jaxllm.errors import OutOfMemoryError
 from jaxllm.llm import LLM
 
 TOLERANCE = 2e-2  # of the logits' size: bfloat16 keeps 8 bits
+TINY = 1e-6  # a size to be relative to, where all logits are zero
 LENGTHS = (1, 2, 17, 63, 64, 65, 130, 257, 400)  # of prompts, in tokens: around pages, tiles and chunks
 OUTPUT = 48
 
@@ -46,11 +48,13 @@ class ParityResult:
       rounding_worst, rounding_mean: errors of the reference in the run's dtype beside itself in float32; 0 where they
         are the same. None: float32 did not fit.
       backend_mean: mean error of the backend beside the reference in float32; None likewise.
-      tolerance: what `worst_error` and `worst_parting` may be: TOLERANCE, or twice the worst rounding if that is more.
-      agrees: whether both are within it.
+      tolerance: what `whole_error` and `worst_parting` may be: TOLERANCE, or twice `whole_rounding` if that is more; of
+        logprobs, what `worst_error` and `worst_parting` might: TOLERANCE or twice `rounding_worst`.
+      agrees: whether both are within it, and no position is outside.
       compared: "logits"; results of before they were kept: "logprobs", of the 20 most likely tokens.
       whole_error: of the backend beside the reference, over all positions at once; `whole_rounding` likewise of the
         reference beside itself in float32. None where logprobs were compared, or float32 did not fit.
+      num_outside: positions whose error is more than TOLERANCE and twice the rounding there or on average.
       worst_largest: the worst of the positions' largest difference of a logit over the reference's largest logit; None
         where logprobs were compared.
     """
@@ -73,6 +77,7 @@ class ParityResult:
     compared: str = "logprobs"
     whole_error: float | None = None
     whole_rounding: float | None = None
+    num_outside: int = 0
     worst_largest: float | None = None
 
 
@@ -91,7 +96,7 @@ def prompts(vocab_size: int) -> list[list[int]]:
 
 def errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
     """Of each position's logits [V]: the norm of the difference over that of what is expected."""
-    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
+    return [float(np.linalg.norm(a - b) / max(np.linalg.norm(b), TINY)) for a, b in zip(found, expected, strict=True)]
 
 
 def whole_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
@@ -102,13 +107,13 @@ def whole_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> 
 
 def largest_errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:
     """Of each position: the largest difference over the largest of what is expected."""
-    return [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)]
+    return [float(np.abs(a - b).max() / max(np.abs(b).max(), TINY)) for a, b in zip(found, expected, strict=True)]
 
 
 def gap(logits: np.ndarray, token: int) -> float:
     """How far `token` is below the best, relative to the best's size."""
     best = logits.max()
-    return float((best - logits[token]) / abs(best))
+    return float((best - logits[token]) / max(abs(best), TINY))
 
 
 def partings(gaps: Sequence[Sequence[float]]) -> list[float]:
@@ -140,7 +145,12 @@ def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUT
     parted = partings(gaps)
     found = errors(ours, theirs)
     rounding, beside = (None, None) if whole is None else (errors(theirs, whole), errors(ours, whole))
-    tolerance = max(TOLERANCE, 2 * max(rounding or [0.0]))
+    mean = sum(rounding) / len(rounding) if rounding else 0.0
+    each_rounding = rounding or [0.0] * len(found)
+    # Not "more than": what is not a number is outside, too.
+    inside = [error <= TOLERANCE + 2 * max(mean, own) for error, own in zip(found, each_rounding, strict=True)]
+    of_all, rounding_of_all = whole_error(ours, theirs), None if whole is None else whole_error(theirs, whole)
+    tolerance = max(TOLERANCE, 2 * (rounding_of_all or 0.0))
     return ParityResult(
         backend=plan.backend,
         reference="reference",
@@ -156,10 +166,11 @@ def measure_parity(model: str, options: dict[str, Any], output_tokens: int = OUT
         rounding_mean=sum(rounding) / len(rounding) if rounding else None,
         backend_mean=sum(beside) / len(beside) if beside else None,
         tolerance=tolerance,
-        agrees=max(*found, *parted) <= tolerance,
+        agrees=all(inside) and all(error <= tolerance for error in (of_all, *parted)),
         compared="logits",
-        whole_error=whole_error(ours, theirs),
-        whole_rounding=None if whole is None else whole_error(theirs, whole),
+        whole_error=of_all,
+        whole_rounding=rounding_of_all,
+        num_outside=inside.count(False),
         worst_largest=max(largest_errors(ours, theirs)),
     )
 

@@ -14,7 +14,8 @@ class ShortRun:
     """Attributes:
     seconds: from the first launch to the last token.
     admission_seconds: from the call to the first launch: what the host takes the prompts in.
-    host_seconds: what the engine's loop worked itself, JAX's launches included, waiting for the device left out.
+    host_seconds: what the engine's loop worked itself from the first launch on, JAX's launches included, waiting for
+      the device left out.
     """
 
     seconds: float
@@ -24,22 +25,29 @@ class ShortRun:
 
 def short_run(session: Session, requests: Workload, rounds: int) -> ShortRun:
     """The fastest of so many runs, each with an empty prefix cache."""
-    runner, begun = session.core.runner, []
-    launch = runner.launch
+    core, runner = session.core, session.core.runner
+    step, launch = core.step, runner.launch
+    stepped = [0.0]  # when the last step began that has launched nothing yet
+    launched: list[float] = []
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        begun.append(time.perf_counter())
+    def noting_step() -> Any:
+        if not launched:
+            stepped[0] = time.perf_counter()
+        return step()
+
+    def noting_launch(*args: Any, **kwargs: Any) -> Any:
+        launched.append(time.perf_counter())
         return launch(*args, **kwargs)
 
     made = []
-    runner.launch = noting
+    core.step, runner.launch = noting_step, noting_launch
     try:
         for _ in range(rounds):
-            begun.clear()
+            launched.clear()
             before = time.perf_counter()
             whole, figures = run_once(session, requests)
-            admission = begun[0] - before
-            made.append(ShortRun(whole - admission, admission, figures.host_seconds))
+            admission, scheduling = launched[0] - before, launched[0] - stepped[0]
+            made.append(ShortRun(whole - admission, admission, figures.host_seconds - scheduling))
     finally:
-        runner.launch = launch
+        core.step, runner.launch = step, launch
     return min(made, key=lambda run: run.seconds)

@@ -277,7 +277,7 @@ def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
     """How far the kernel's logits and choices are from the reference's."""
     columns = ["backend", "beside", "greedy tokens", "not its best", "worst gap", "answers parted", "worst gap there"]
     columns += ["compared", "worst error", "mean error", "error of all", "worst single logit"]
-    columns += ["within 2%", "tolerance", "", "reference beside float32: worst", "mean", "of all"]
+    columns += ["within 2%", "tolerance", "outside", "", "reference beside float32: worst", "mean", "of all"]
     columns += ["backend beside float32: mean"]
     rows = []
     for r in results:
@@ -287,15 +287,18 @@ def parity(facts: Facts, results: Sequence[ParityResult]) -> list[Table]:
         rows[-1] += map(percent, (r.worst_error, r.mean_error, r.whole_error, r.worst_largest))
         strict = ("each error", r.worst_error), ("the error of all", r.whole_error), ("partings", r.worst_parting)
         within = [name for name, worst in strict if worst is not None and worst <= TOLERANCE]
-        rows[-1] += [", ".join(within) or "nothing", percent(r.tolerance), "agree" if r.agrees else "DIFFER"]
+        rows[-1] += [", ".join(within) or "nothing", percent(r.tolerance), count(r.num_outside)]
+        rows[-1].append("agree" if r.agrees else "DIFFER")
         rows[-1] += map(percent, (r.rounding_worst, r.rounding_mean, r.whole_rounding, r.backend_mean))
     note = (
         "An error is that of one position: the norm of the differences over the norm of the reference's, of all logits "
         "or of the logprobs of the most likely tokens; the error of all is of all positions at once; that of a single "
         "logit is the largest difference over the reference's largest logit. A gap is how far below the reference's "
         "best token a chosen one lies, relative to that one's logit or logprob; an answer parts at its first token "
-        "that is not the reference's best. Tolerance, of the worst error and of the worst gap where answers part: 2%, "
-        "or twice what rounding to the run's dtype does to the reference where that is more."
+        "that is not the reference's best. Tolerance, of the error of all and of the worst gap where answers part: 2%, "
+        "or twice what rounding to the run's dtype does to the reference where that is more; a position is outside if "
+        "its own error is more than 2% and twice the rounding there or on average. Where logprobs were compared, "
+        "tolerance is of the worst error, and that of twice the worst rounding."
     )
     return [Table("Greedy tokens beside the reference path", columns, rows, [note])]
 

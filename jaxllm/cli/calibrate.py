@@ -6,7 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-SIZES = {"token_rungs": (256, 512, 1024, 2048, 4096, 8192), "decode_rungs": (2, 16, 64, 128, 256)}
+SIZES = {
+    "max_num_batched_tokens": 8192,
+    "token_rungs": (256, 512, 1024, 2048, 4096, 8192),
+    "decode_rungs": (2, 16, 64, 128, 256),
+}
 MODELS = "shape:llama-3.1-8b", "shape:qwen3-0.6b"  # products decide in the one, the number of layers in the other
 
 
@@ -42,17 +46,26 @@ def make(
     console: Any,
     chip_kind: str | None = None,
 ) -> None:
-    """Writes the file and prints how well it predicts its own runs. chip_kind: pretends to be such a device."""
+    """Writes the file and prints how well it predicts its own runs. chip_kind: pretends to be such a device.
+
+    Raises ConfigError, before anything is measured, for a device that is no chip of the plan's, or too few of them.
+    """
     import gc
 
     import jax
 
     from jaxllm.bench.session import open_session
     from jaxllm.bench.short_runs import short_run
+    from jaxllm.engine import platform
+    from jaxllm.errors import ConfigError
     from jaxllm.plan import calibrate
     from jaxllm.plan.fit import clock, read_model
     from jaxllm.plan.simulate import steps
 
+    platform.configure(max(tensor_sizes))  # JAX takes its share of the memory once, for all sessions
+    chip = calibrate.chip_of(chip_kind or jax.devices()[0].device_kind)
+    if max(tensor_sizes) > len(jax.devices()):
+        raise ConfigError(f"tensor_parallel_size={max(tensor_sizes)}: there are {len(jax.devices())} devices")
     ceilings: Any = True
     attention: list[Any] = []
     runs, facts = [], None
@@ -60,8 +73,9 @@ def make(
         for name in models:
             given = {**options, "tensor_parallel_size": tensor}
             with open_session(name, given, ceilings=ceilings, commit=commit) as session:
-                chip = calibrate.chip_of(chip_kind or jax.devices()[0].device_kind)
                 facts, plan, hf = facts or session.facts, session.core.runner.plan, session.hf
+                if plan.dtype.itemsize != 2:
+                    raise ConfigError(f"model={name!r} runs in {plan.dtype.name} here: a calibration is of bfloat16")
                 ceilings = session.ceilings if ceilings is True else ceilings
                 times = clock(read_model(name, hf, plan.dtype.name), chip, None, tensor)
                 for title, requests in calibrate.runs_of(session.vocab_size, plan.scheduler.max_model_len):
@@ -71,6 +85,7 @@ def make(
                     title = f"{session.facts.model}, {title}" + (f", {tensor} shards" if tensor > 1 else "")
                     took = found.seconds, found.host_seconds
                     runs.append(calibrate.Run(title, times, made, *took, tokens, found.admission_seconds))
+                    console.print(f"{title}: {found}", highlight=False, soft_wrap=True)
             backend = plan.backend, plan.dtype, plan.page_size
             del session, plan
             gc.collect()  # two models' caches do not fit

@@ -18,7 +18,7 @@ def default_limits(config: EngineConfig, platform: str) -> tuple[int, int]:
     """(max_num_seqs, max_num_batched_tokens) of the options, or what is chosen where they are None.
 
     On TPUs 2048 tokens: FLOPs decide from a few hundred on, and of so many the arrays between products still fit into
-    VMEM, while of 8192 they go through HBM, which moves up to 2.9 times the bytes (docs/tpu.md).
+    VMEM where results stay there at all, while of 8192 they go through HBM, up to 2.9 times the bytes (docs/tpu.md).
     """
     max_num_seqs = config.max_num_seqs or (32 if platform == "cpu" else 256)
     return max_num_seqs, config.max_num_batched_tokens or max(BUDGETS.get(platform, BUDGET), max_num_seqs)

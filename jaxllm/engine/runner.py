@@ -141,12 +141,14 @@ class Runner:
     def rehearse(self) -> None:
         """Runs steps and samplers that are compiled twice, on no rows: an executable's first runs load its kernels and
         record its CUDA graph, which no request should wait for."""
-        idle = [self.layout.pack(None, np.zeros(0, np.intp), params) for params in self._params]
+        idle = [[self.layout.pack(None, np.zeros(0, np.intp), params) for params in self._params] for _ in range(2)]
+        for packed in idle[1]:
+            packed[-1] = 1  # a token that no row has: metadata that are the last step's do not travel
         ready = [key for key in warm_up_order(self.plan) if self.executables.ready(key)]
         steps = [key for key in ready if isinstance(key, Forward)]
-        for _ in range(2 if steps else 0):
+        for packed_of_ranks in idle if steps else []:
             for step in steps:
-                self.device.forward(step, idle)
+                self.device.forward(step, packed_of_ranks)
             for key in ready:  # the large tables are made for the first request that needs them
                 if isinstance(key, WriteMasks):
                     words = np.zeros((self.num_ranks, key.num_masks, mask_words(self.vocab_size)), np.int32)

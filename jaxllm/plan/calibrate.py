@@ -62,7 +62,7 @@ class Run:
       clock: of the model, without a calibration.
       steps: as the scheduler made them.
       seconds: from the first launch to the last token.
-      host_seconds: of these, what the engine's loop worked itself.
+      host_seconds: of these, what the engine's loop worked itself, from the first launch on.
       prompt_tokens, admission_seconds: of all prompts, and how long they took before the first launch.
     """
 
@@ -148,7 +148,13 @@ def _unknowns(knots: Sequence[float], base: Calibration) -> dict[str, tuple[Cali
 
 def _device_seconds(clock: Clock, known: Calibration, steps: Sequence[Step]) -> float:
     timed = dataclasses.replace(clock, calibration=known)
-    return sum(timed.predict(step) or 0.0 for step in steps)
+    return sum(_seconds(timed, step) for step in steps)
+
+
+def _seconds(clock: Clock, step: Step) -> float:
+    found = clock.predict(step)
+    assert found is not None, "calibrations are of bfloat16, and know of sums over shards where there are some"
+    return found
 
 
 def solve(
@@ -187,7 +193,7 @@ def solve(
 def _share_bound(run: Run, known: Calibration, host_step_seconds: float) -> float:
     """Of its steps, how many the host takes longer for than the device."""
     timed = dataclasses.replace(run.clock, calibration=known)
-    return sum((timed.predict(step) or 0.0) < host_step_seconds for step in run.steps) / len(run.steps)
+    return sum(_seconds(timed, step) < host_step_seconds for step in run.steps) / len(run.steps)
 
 
 def _fit(chip: Chip, runs: Sequence[Run], attention: Sequence[AttentionTime], bandwidth: float) -> Calibration:
@@ -227,7 +233,11 @@ def _fit(chip: Chip, runs: Sequence[Run], attention: Sequence[AttentionTime], ba
         wanted.append(1.0)
     matrix = np.array(factors)
     scale = np.where(matrix.any(0), np.abs(matrix).max(0), 1.0)
-    found = dict(zip(unknowns, nnls(matrix / scale, np.array(wanted))[0] / scale, strict=True))
+    try:
+        solved = nnls(matrix / scale, np.array(wanted))[0] / scale
+    except RuntimeError as error:  # too many iterations
+        raise ConfigError(f"the runs do not tell the parts of a step apart: {error}") from error
+    found = dict(zip(unknowns, solved, strict=True))
     passed = np.cumsum([found.pop(f"gemm {knot:g}") for knot in knots])
     of_keys, of_queries = found.pop("decode_bandwidth"), found.pop("prefill_flops")
     if not (passed[0] > 0 and of_keys > 0 and of_queries > 0):
@@ -264,5 +274,5 @@ def errors(calibration: Calibration, runs: Sequence[Run]) -> dict[str, float]:
     found = {}
     for run in [run for run in runs if run.is_of_device]:
         clock = dataclasses.replace(run.clock, calibration=calibration)
-        found[run.name] = sum(clock.predict(step) or 0.0 for step in run.steps) / run.device_seconds - 1
+        found[run.name] = sum(_seconds(clock, step) for step in run.steps) / run.device_seconds - 1
     return found

@@ -75,6 +75,8 @@ def notes(plan: Plan) -> list[str]:
         )
     elif plan.dtype != "bfloat16":
         found.append(f"No prediction: {plan.chip.name} was measured in bfloat16.")
+    elif plan.calibration.all_reduce_seconds is None and all(mesh.tensor > 1 for mesh in plan.meshes):
+        found.append(f"No prediction: of {plan.chip.name} sums over tensor shards are not in its calibration.")
     else:
         found.append(f"Predicted: by what was measured on {plan.chip.name} ({plan.calibration.sources[0]}).")
     return found

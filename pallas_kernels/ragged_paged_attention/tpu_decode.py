@@ -100,11 +100,11 @@ def _body(
         return (first_page(row) + block * pages_per_block) * page_size
 
     def copies(row, block, buffer, act, waits=False):
-        """Acts on the copy of each page of a block, and of each tile of one that is filled in part, the new token's
-        included: what lies behind that goes back to the cache with it. A copy that is waited for is told by its size
-        alone."""
-        held = jnp.clip(kv_lens[row] - first_key(row, block), 0, keys)
-        full = lax.div(held, page_size)
+        """Acts on the copy of each page of a block, and of each tile of one whose last ones hold nothing; the new
+        token's is among them, since what lies behind it there goes back to the cache with it. A copy that is waited
+        for is told by its size alone."""
+        held = cdiv(jnp.clip(kv_lens[row] - first_key(row, block), 0, keys), tile)
+        full = lax.div(held, page_size // tile)
         first = first_page(row) + block * pages_per_block
 
         def page(index):
@@ -116,7 +116,7 @@ def _body(
             source = cache.at[page(index), my_heads]
             act(pltpu.make_async_copy(source, buffers.at[buffer, :, place, :], read_sems.at[buffer]))
 
-        @pl.loop(0, cdiv(held - full * page_size, tile))
+        @pl.loop(0, held - full * (page_size // tile))
         def _tile(index):
             source = cache.at[page(full), my_heads, pl.ds(pl.multiple_of(index * tile, tile), tile), :]
             place = pl.ds(pl.multiple_of(full * page_size + index * tile, tile), tile)

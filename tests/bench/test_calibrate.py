@@ -9,11 +9,14 @@ from jaxllm.bench import short_runs
 from jaxllm.bench.session import open_session
 from jaxllm.bench.short_runs import ShortRun, short_run
 from jaxllm.cli import calibrate as command
+from jaxllm.config import EngineConfig
+from jaxllm.errors import ConfigError
 from jaxllm.plan import calibrate
-from jaxllm.plan.chips import calibration_of, chip, read_calibration
-from jaxllm.plan.fit import clock, read_model
+from jaxllm.plan.chips import calibration_of, chip, chips, read_calibration
+from jaxllm.plan.fit import clock, fit, read_model
 from jaxllm.plan.simulate import steps
 from tests.bench.conftest import CONFIG
+from tests.plan.shapes import model
 from tests.plan.test_calibrate import attention
 
 OPTIONS = dict(load_format="dummy", max_num_seqs=4, max_num_batched_tokens=64, token_rungs=(4, 64), page_size=16)
@@ -21,11 +24,11 @@ OPTIONS = dict(load_format="dummy", max_num_seqs=4, max_num_batched_tokens=64, t
 
 def test_a_short_run_begins_with_its_first_launch(tiny_flags):
     with open_session(tiny_flags[1], OPTIONS, ceilings=False) as session:
-        launch = session.core.runner.launch
+        step, launch = session.core.step, session.core.runner.launch
         found = short_run(session, [([5] * 100, 8), ([6] * 40, 3)], rounds=2)
-        assert session.core.runner.launch == launch
+        assert (session.core.step, session.core.runner.launch) == (step, launch)
         assert session.hf == CONFIG and session.vocab_size == CONFIG["vocab_size"]
-    assert found.admission_seconds > 0 and 0 < found.host_seconds < found.seconds + found.admission_seconds
+    assert found.admission_seconds > 0 and 0 < found.host_seconds < found.seconds
 
 
 def test_a_calibration_is_made_and_written(tiny_flags, tmp_path, monkeypatch, capsys):
@@ -56,8 +59,27 @@ def test_a_calibration_is_made_and_written(tiny_flags, tmp_path, monkeypatch, ca
     assert "4 × 64 + 16: " in capsys.readouterr().out
 
 
-def test_a_place_that_cannot_be_written_is_refused_first(tmp_path):
-    from jaxllm.errors import ConfigError
-
+def test_what_cannot_be_is_refused_first(tiny_flags, tmp_path, monkeypatch):
+    """Before a model is looked for."""
     with pytest.raises(ConfigError, match="must be a file in a directory that exists"):
         command.calibrate(tmp_path / "none" / "made.json", model=["nothing"])
+    with pytest.raises(ConfigError, match="this device is 'cpu': a calibration is of"):
+        command.calibrate(tmp_path / "made.json", model=["nothing"])
+    console, kind = Console(), chip("h100").kind
+    with pytest.raises(ConfigError, match="tensor_parallel_size=64: there are "):
+        command.make(tmp_path / "made.json", ["nothing"], OPTIONS, [1, 64], 1, None, console, kind)
+    with pytest.raises(ConfigError, match="runs in float32 here: a calibration is of bfloat16"):
+        command.make(tmp_path / "made.json", [tiny_flags[1]], OPTIONS, [1], 1, None, console, kind)
+    assert not (tmp_path / "made.json").exists()
+
+
+@pytest.mark.parametrize("name", chips())
+def test_the_sizes_are_ones_that_every_chip_takes(name):
+    fitted = fit(
+        model("llama-3.1-8b"),
+        chip(name),
+        EngineConfig(model="any", max_model_len=4096, **command.SIZES),
+        data=1,
+        tensor=4,
+    )
+    assert fitted.scheduler.token_rungs == command.SIZES["token_rungs"]

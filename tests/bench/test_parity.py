@@ -47,7 +47,24 @@ def test_an_answer_parts_once():
 def test_rounding_is_measured_and_allowed(tiny_flags):
     result = parity.measure_parity(tiny_flags[1], {"dtype": "bfloat16", "load_format": "dummy", **SIZES}, 4)
     assert 0 < result.rounding_mean <= result.rounding_worst and result.backend_mean < 3 * result.rounding_mean
-    assert result.tolerance == max(parity.TOLERANCE, 2 * result.rounding_worst) and result.agrees
+    assert result.tolerance == max(parity.TOLERANCE, 2 * result.whole_rounding) and result.agrees
+    assert result.num_outside == 0
     assert result.worst_parting <= result.worst_gap and result.num_parted <= result.num_other <= result.num_tokens
     assert 0 <= result.whole_error < result.whole_rounding < result.rounding_worst
     assert result.num_answers == 18 and result.compared == "logits" and 0 <= result.worst_largest < parity.TOLERANCE
+
+
+@pytest.mark.parametrize("fault", [1.5, float("nan")])
+def test_one_position_that_is_wrong_is_seen(tiny_flags, monkeypatch, fault):
+    in_order, calls = parity._in_order, []
+
+    def spoilt(*arguments):
+        found = in_order(*arguments)
+        calls.append(None)
+        if len(calls) == 1:  # the backend's own
+            found[50] = found[50] * fault
+        return found
+
+    monkeypatch.setattr(parity, "_in_order", spoilt)
+    result = parity.measure_parity(tiny_flags[1], {"dtype": "bfloat16", "load_format": "dummy", **SIZES}, 4)
+    assert result.num_outside == 1 and not result.agrees

@@ -85,6 +85,11 @@ SHAPES = [
     ("tpu7x", dict(tokens=33, rows=8, num_heads=5, num_kv_heads=5, head_dim=128, page_size=16, width=32768)),
     ("v6e", dict(tokens=64, num_heads=4, num_kv_heads=2, head_dim=64, dtype=jnp.float32, num_pages=200)),
     ("v4", dict(tokens=256, decodes_only=True, num_heads=4, num_kv_heads=2, head_dim=64, dtype=jnp.float32)),
+    *(
+        (chip, dict(tokens=tokens, num_heads=8, num_kv_heads=4, head_dim=256, window=4096, cap=50.0))  # Gemma 2 2B
+        for chip in ("v4", "v5e", "v6e", "tpu7x")
+        for tokens in (64, 2048)
+    ),
 ]
 
 
