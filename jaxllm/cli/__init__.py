@@ -30,7 +30,7 @@ def _run() -> int:
 
         app()
     except JaxllmError as error:
-        print(f"jaxllm: {error}", file=sys.stderr)
+        sys.stderr.write(f"jaxllm: {error}\n")  # in one piece: other threads write, too
         return 2
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine import calls, platform
+from jaxllm.engine import calls, coordination, platform
 from jaxllm.engine.peer import Peer, listen, meet, visit
 from jaxllm.errors import ConfigError, EngineDeadError
 
@@ -360,7 +360,7 @@ def join(config: EngineConfig) -> Leader | Follower | None:
     if process > 0:
         group.tell(_end)
     found = group.exchange(_free_port(port + 1) if process == 0 else None)[0]
-    with group.launching():
+    with group.launching(), coordination.apart():
         try:
             jax.distributed.initialize(
                 f"{address[: -len(digits)]}{found}", count, process, devices, cluster_detection_method="deactivate"
@@ -372,9 +372,10 @@ def join(config: EngineConfig) -> Leader | Follower | None:
 
 
 def _end(lost: EngineDeadError) -> None:
-    """Ends a follower whose group is lost, with status 1, at once: where it is process 0 that is lost, JAX's service is
-    with it, and JAX aborts the process (SIGABRT) within milliseconds, and names nobody."""
-    print(f"jaxllm: {lost}", file=sys.stderr, flush=True)
+    """Ends a follower whose group is lost, with status 1, at once: JAX's service ends a while after process 0, and then
+    JAX aborts the process (SIGABRT), and names nobody."""
+    sys.stderr.write(f"jaxllm: {lost}\n")  # in one piece: the engine's thread may be told at the same time
+    sys.stderr.flush()
     os._exit(1)
 
 
