@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Whole models compiled for TPUs that are not there: does a step fit, what does it move, multiply and exchange?
 
-    PYTHONPATH=. python scripts/tpu_steps.py [--only TEXT] [--steps decode prefill long batch mixed full] [--layers N]
+    PYTHONPATH=. python scripts/tpu_steps.py [--only TEXT] [--steps NAME ...] [--layers N]
 
 Needs libtpu (the development packages have it) and no TPU. For each model and slice it compiles the engine's forward
 pass and greedy sampler as the engine runs them, and prints a row of the table in docs/tpu.md, which explains it.
 
-Steps: `decode`, 64 rows of 1024 tokens; `prefill`, a prompt of 2048, which is as much as a step takes; `long`, as much
-of a prompt after 6144 tokens of it; `batch`, 8 prompts of 256; `mixed`, 64 rows of 1024 beside as much of a prompt as
-fits; `full`, 256 rows that fill the cache, of 1024 tokens at most. A row takes from seconds to minutes, that of 80
-layers longest. Exit status 1 if a step does not fit, copies a weight or a cache, or exchanges what the design does not
-name.
+Steps: `decode`, 64 rows of 1024 tokens; `prefill`, a prompt of 2048, which is as much as a step takes; `long`, as
+much of a prompt after 6144 tokens of it; `batch`, 8 prompts of 256; `short`, 64 of 32; `mixed`, 64 rows of 1024
+beside as much of a prompt as fits; `full`, 256 rows that fill the cache, of 1024 tokens at most; `brief`, 256 of 127.
+A row takes from seconds to minutes, that of 80 layers longest. Exit status 1 if a step does not fit, copies a weight
+or a cache, or exchanges what the design does not name.
 """
 
 import argparse
@@ -48,8 +48,10 @@ def steps_of(engine: Engine, names: list[str]) -> list[Step]:
         "prefill": prefill_step(1, 2048),
         "long": Step("prefill 2048 after 6144", (2048,), (8192,)),
         "batch": prefill_step(8, 256),
+        "short": prefill_step(64, 32),
         "mixed": Step("decode 64 × 1024, prefill 1984", (1,) * 64 + (1984,), decode_step(64, 1024).kv_lens + (1984,)),
         "full": decode_step(256, most),
+        "brief": decode_step(256, 127),
     }
     return [known[name] for name in names]
 
@@ -82,7 +84,7 @@ def main() -> int:
     parser.add_argument(
         "--steps",
         nargs="+",
-        choices=("decode", "prefill", "long", "batch", "mixed", "full"),
+        choices=("decode", "prefill", "long", "batch", "short", "mixed", "full", "brief"),
         default=["decode", "prefill"],
     )
     parser.add_argument("--layers", type=int, help="how many layers of each model; all of them by default")

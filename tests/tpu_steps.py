@@ -100,8 +100,6 @@ class Engine:
         if case.layers is not None:
             hf["num_hidden_layers"] = case.layers
         self.case, self.chip = case, chip_named(case.chip)
-        if case.chip == "v4":  # libtpu's compiler without a TPU takes each of its two cores for a device
-            self.chip = dataclasses.replace(self.chip, devices=2)
         self.described: Model = read_model(case.model, hf, "bfloat16")
         config = EngineConfig(model=case.model, tensor_parallel_size=case.tensor)
         self.fit: Fit = fit(self.described, self.chip, config, data=1, tensor=case.tensor)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+OPTIONS = {"v4": {"chip_config_name": "megacore"}}  # both cores of a chip one device, as JAX has them on such machines
 
 # What libtpu would ask a TPU machine for; and several processes may load it, as none of them holds a chip.
 _ENVIRONMENT = {
@@ -34,7 +35,9 @@ def compiling_for(
     disk, where it could not be read back. Skips the test where libtpu is not installed."""
     pytest.importorskip("libtpu")
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name or TOPOLOGIES[chip])
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology_name or TOPOLOGIES[chip], **OPTIONS.get(chip, {})
+    )
     devices = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
     before = jax.config.jax_enable_compilation_cache

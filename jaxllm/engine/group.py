@@ -26,6 +26,7 @@ from jaxllm.errors import ConfigError, EngineDeadError
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300  # for all processes to have been started
+START_SECONDS = 3600.0  # for each step of a start, all alive: reading weights, compiling
 STUCK_SECONDS = 5.0  # after a loss, in a launch that does not return
 STALLED_SECONDS = 600.0  # that process 0 waits for a step while all are alive; a compilation may be among it
 FAILED_SECONDS = 20.0  # in which a launch that has failed in one process fails in process 0 too, or the group ends
@@ -195,7 +196,8 @@ class Group:
         """What else is looked after."""
 
     def _next(self, peer: Peer, kind: str, timeout: float | None = None) -> Any:
-        """The peer's next message, of that kind."""
+        """The peer's next message, of that kind, in `timeout` seconds, or START_SECONDS."""
+        timeout = START_SECONDS if timeout is None else timeout
         self.check()
         try:
             message = peer.inbox.get(timeout=timeout)
@@ -253,7 +255,7 @@ class Leader(Group):
 
     def collect(self, timeout: float | None = None) -> None:
         """Waits until all others have done the last call. Raises RuntimeError for what one of them raised, and
-        EngineDeadError if one takes longer than `timeout` seconds."""
+        EngineDeadError if one takes longer than `timeout` seconds, or START_SECONDS."""
         errors = []
         for peer in self._peers:
             error = self._next(peer, "answer", timeout)

@@ -123,6 +123,16 @@ def test_one_that_lives_and_does_not_come_on_is_named(pair, monkeypatch):
             leader.check()
 
 
+def test_one_that_does_not_come_to_terms_ends_a_start(pair, monkeypatch):
+    """As one that lives and reads its weights forever; either side says so."""
+    leader, followers = pair
+    monkeypatch.setattr(group, "START_SECONDS", 0.5)
+    with pytest.raises(EngineDeadError, match=r"process 1 \(.*\) has not come to terms in 0.5 s"):
+        leader.exchange("ready")
+    with pytest.raises(EngineDeadError):
+        followers[1].exchange("ready")
+
+
 def test_closing_ends_the_followers(pair):
     leader, followers = pair
     leader.close()

@@ -65,6 +65,24 @@ def test_times_to_tokens_are_those_of_a_batch_that_was_measured(count):
     assert batch.ttft.predicted + (output - 1) * batch.tpot.predicted == pytest.approx(taken, rel=0.15)
 
 
+@pytest.mark.parametrize("on", ["h100", "h200"])
+def test_each_time_is_that_of_a_workload_that_is_almost_nothing_else(on):
+    """Of prefill_heavy, 64 prompts of 4096 tokens and one token of each, all is TTFT; of single_stream, 512 tokens
+    after one prompt, nearly all TPOT."""
+    large, device = model("llama-3.1-8b"), chip(on)
+    options = EngineConfig(model="llama-3.1-8b", max_model_len=18432, max_num_seqs=64)
+    taken = {name: MEASURED["llama-3.1-8b", name].seconds for name in ("prefill_heavy", "single_stream")}
+    if on == "h200":
+        taken = {name: H200_MEASURED["llama-3.1-8b", name] for name in taken}
+
+    def batch(count, context):
+        made = make_plan(large, device, options, calibration_of(device), chips=1, context=context, output_len=512)
+        return next(each for each in made.throughput.batches if each.requests == count)
+
+    assert batch(64, 4096).ttft.predicted == pytest.approx(taken["prefill_heavy"], rel=0.15)
+    assert 512 * batch(1, 128).tpot.predicted == pytest.approx(taken["single_stream"], rel=0.15)
+
+
 # Seconds on one H200 (b6430fd, 2026-11-30, one run each), in the engines that its calibration had been taken with, in
 # which none of these workloads is.
 H200_MEASURED = {
