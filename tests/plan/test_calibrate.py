@@ -55,7 +55,7 @@ def attention() -> list[calibrate.AttentionTime]:
 
 @pytest.fixture(scope="module")
 def runs() -> dict[float, list[calibrate.Run]]:
-    return {noise: [run for name in MODELS for run in timed(model(name), noise)] for noise in (0.0, 0.03)}
+    return {0.0: [run for name in MODELS for run in timed(model(name), 0.0)]}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,12 @@ def found(runs) -> calibrate.Calibration:
     return calibrate.solve(H100, runs[0.0], attention(), TRUTH.bandwidth, ["made up"])
 
 
-@pytest.mark.parametrize(("noise", "allowed"), [(0.0, 0.02), (0.03, 0.09)])
+@pytest.mark.parametrize(("noise", "allowed"), [(0.0, 0.02), pytest.param(0.03, 0.09, marks=pytest.mark.slow)])
 def test_other_work_is_predicted(runs, noise, allowed):
-    found = calibrate.solve(H100, runs[noise], attention(), TRUTH.bandwidth, [])
-    off = calibrate.errors(found, runs[noise])
-    assert max(map(abs, off.values())) < allowed and len(off) == sum(run.is_of_device for run in runs[noise]) > 30
+    measured = runs[0.0] if noise == 0 else [run for name in MODELS for run in timed(model(name), noise)]
+    found = calibrate.solve(H100, measured, attention(), TRUTH.bandwidth, [])
+    off = calibrate.errors(found, measured)
+    assert max(map(abs, off.values())) < allowed and len(off) == sum(run.is_of_device for run in measured) > 30
     for name in MODELS:
         large = model(name)
         fitted = fit(large, H100, EngineConfig(model="any", max_model_len=18432), data=1, tensor=1)

@@ -12,7 +12,7 @@ def _assert_sound(report) -> None:
 
 
 def test_clients_of_all_manners_for_a_while(model):
-    _assert_sound(soak(model, 120, seed=1))
+    _assert_sound(soak(model, 70, seed=1))
 
 
 @pytest.mark.slow
