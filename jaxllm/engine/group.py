@@ -296,7 +296,8 @@ class Leader(Group):
             super()._take(peer, kind, content)
 
     def _look(self) -> None:
-        if self._inside is not None and time.monotonic() - self._inside > STALLED_SECONDS:
+        inside = self._inside  # once: the engine's thread may leave the launch meanwhile
+        if inside is not None and time.monotonic() - inside > STALLED_SECONDS:
             self._lose(f"process 0 has not come back from a launch for {STALLED_SECONDS:g} s")
         for since, text in list(self._failures.values()):
             if time.monotonic() - since > FAILED_SECONDS:

@@ -133,6 +133,27 @@ def test_one_that_does_not_come_to_terms_ends_a_start(pair, monkeypatch):
         followers[1].exchange("ready")
 
 
+def test_a_launch_that_hangs_ends_the_group_and_one_that_ends_meanwhile_does_not(pair, monkeypatch):
+    leader, _ = pair
+    clock = time.monotonic
+
+    def leaves_at(moment: float) -> float:
+        leader._inside = None  # the engine's thread, while the other one asks for the time
+        return moment
+
+    leader._inside = clock()
+    monkeypatch.setattr(group.time, "monotonic", lambda: leaves_at(clock()))
+    leader._look()
+    monkeypatch.undo()
+    leader.check()
+    monkeypatch.setattr(group, "STALLED_SECONDS", 0.2)
+    with leader.launching():
+        time.sleep(0.3)
+        leader._look()
+    with pytest.raises(EngineDeadError, match=r"process 0 has not come back from a launch for 0\.2 s"):
+        leader.check()
+
+
 def test_closing_ends_the_followers(pair):
     leader, followers = pair
     leader.close()
