@@ -102,7 +102,8 @@ def errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[
 def whole_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
     """Of all positions at once, so that those with small logits count little."""
     squares = [(np.sum((a - b) ** 2), np.sum(b**2)) for a, b in zip(found, expected, strict=True)]
-    return float(np.sqrt(sum(of_difference for of_difference, _ in squares) / sum(size for _, size in squares)))
+    size = max(float(sum(size for _, size in squares)), TINY**2)
+    return float(np.sqrt(sum(of_difference for of_difference, _ in squares) / size))
 
 
 def largest_errors(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[float]:

@@ -270,9 +270,11 @@ def write(calibration: Calibration, path: Path) -> None:
 
 
 def errors(calibration: Calibration, runs: Sequence[Run]) -> dict[str, float]:
-    """Predicted over measured, less one, of each run in which the device decides."""
+    """Predicted over measured, less one, of each run in which the device decides and of which anything is predicted."""
     found = {}
     for run in [run for run in runs if run.is_of_device]:
+        if run.clock.tensor > 1 and calibration.all_reduce_seconds is None:
+            continue  # in all such runs there were steps that the host takes longer for
         clock = dataclasses.replace(run.clock, calibration=calibration)
         found[run.name] = sum(_seconds(clock, step) for step in run.steps) / run.device_seconds - 1
     return found

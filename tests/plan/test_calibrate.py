@@ -105,6 +105,12 @@ def test_sums_over_shards_are_told_from_runs_over_shards(runs):
     assert max(map(abs, calibrate.errors(found, both).values())) < 0.02
 
 
+def test_errors_are_of_runs_that_are_predicted(runs, found):
+    over_shards = timed(model("llama-3.1-8b"), 0.0, tensor=2)[:3]
+    assert found.all_reduce_seconds is None and any(run.is_of_device for run in over_shards)
+    assert calibrate.errors(found, [*runs[0.0], *over_shards]) == calibrate.errors(found, runs[0.0])
+
+
 def test_what_cannot_be_told_is_refused(runs):
     busy = [dataclasses.replace(run, host_seconds=run.seconds) for run in runs[0.0]]
     with pytest.raises(ConfigError, match="the host takes longer than the device for every run"):
