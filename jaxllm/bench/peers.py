@@ -32,6 +32,13 @@ def figures(
     ]
 
 
-def source(engine: str) -> str:
-    """How and on what an engine's figures were taken."""
-    return _data()["sources"][engine]
+def source(engine: str, device: str, num_devices: int) -> str:
+    """How and on what an engine's figures for this kind and number of devices were taken.
+
+    Raises:
+      KeyError: there are none.
+    """
+    for each in _data()["sources"]:
+        if each["engine"] == engine and each["device"] in device and each["devices"] == num_devices:
+            return each["text"]
+    raise KeyError(f"{engine} on {num_devices} {device}")

@@ -125,12 +125,12 @@ def throughput(facts: Facts, results: Sequence[ThroughputResult]) -> list[Table]
     ):
         if any(values):
             notes.append(f"{name}: {sum(value or 0 for value in values)}.")
-    return [Table("Throughput", columns, rows, notes + sources(engines))]
+    return [Table("Throughput", columns, rows, notes + sources(facts, engines))]
 
 
-def sources(engines: Sequence[str]) -> list[str]:
-    """How and on what peers' figures were taken."""
-    return [f"{engine}: {peers.source(engine)}." for engine in engines]
+def sources(facts: Facts, engines: Sequence[str]) -> list[str]:
+    """How and on what peers' figures for this device were taken."""
+    return [f"{engine}: {peers.source(engine, facts.device, facts.num_devices)}." for engine in engines]
 
 
 _COMPARED = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "itl_p99")
@@ -158,7 +158,7 @@ def serve(facts: Facts, results: Sequence[RateResult]) -> list[Table]:
     if engines:
         compared.notes.append("In brackets: jaxllm's time over theirs.")
     compared.notes.append("jaxllm: medians of its runs.")
-    compared.notes += sources(sorted(engines))
+    compared.notes += sources(facts, sorted(engines))
     columns = ["requests/s", "", "mean", "p50", "p90", "p99"]
     every = Table("Online: every time, milliseconds", columns, [])
     for r in results:
@@ -207,7 +207,7 @@ def start(facts: Facts, results: Sequence[StartResult]) -> list[Table]:
     rows += [[f"{engine}, empty", "", "", "", "", "", fixed(f["seconds"])] for engine, f in theirs.items()]
     note = "From the start of the process; the last column from LLM(...) to the first token, imports not counted."
     counts = sorted({r.num_executables for r in results})
-    notes = [note, f"Executables: {', '.join(map(str, counts))}.", *sources(sorted(theirs))]
+    notes = [note, f"Executables: {', '.join(map(str, counts))}.", *sources(facts, sorted(theirs))]
     return [Table("Start of a new process, seconds", columns, rows, notes)]
 
 

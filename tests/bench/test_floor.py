@@ -101,9 +101,11 @@ def test_peers_are_found_by_model_device_and_rate():
         if f["engine"] == "vLLM 0.24.0"
     )
     assert vllm["seconds"] == 7.768 and vllm["output_tok_s"] == 16872.7
-    assert peers.figures("llama-3.1-8b", "decode_heavy", "NVIDIA H200", 1) == []
+    (other,) = peers.figures("llama-3.1-8b", "decode_heavy", "NVIDIA H200", 1)
+    assert other["seconds"] == 7.1
+    assert peers.figures("llama-3.1-8b", "decode_heavy", "NVIDIA H200", 2) == []
     assert len(peers.figures("llama-3.3-70b", "single_stream", "NVIDIA H200", 4)) == 1
     (online,) = peers.figures("llama-3.1-8b", "poisson_arrivals", "NVIDIA H100 80GB HBM3", 1, 12)
     assert online["ttft_p50_ms"] == 38.0
     for figure in peers._data()["figures"]:
-        assert peers.source(figure["engine"])
+        assert peers.source(figure["engine"], figure["device"], figure["devices"])
