@@ -155,10 +155,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, action="append", help="requests/s; may be given again")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="of the model, the first ones alone")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    shape = work.MODEL_SHAPES[given.model]
-    rows = Rows(given.output, given.model, given.tensor_parallel_size)
+    shape, name = dict(work.MODEL_SHAPES[given.model]), given.model
+    if given.layers:
+        shape["num_hidden_layers"], name = given.layers, f"{name}-{given.layers}-layers"
+    rows = Rows(given.output, name, given.tensor_parallel_size)
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "config.json").write_text(json.dumps(shape))
         options = {

@@ -1,4 +1,4 @@
-"""Times: in general, and the prediction beside what was measured on an H100."""
+"""Times: in general, and the prediction beside what was measured on an H100 and on H200s."""
 
 import dataclasses
 from pathlib import Path
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from jaxllm.bench.results import load_all
 from jaxllm.bench.throughput import ThroughputResult, workload
-from jaxllm.bench.workloads import WORKLOADS
+from jaxllm.bench.workloads import MODEL_SHAPES, WORKLOADS
 from jaxllm.cli.calibrate import SIZES
 from jaxllm.config import EngineConfig
 from jaxllm.plan.chips import calibration_of, chip, chips
-from jaxllm.plan.fit import clock, fit
+from jaxllm.plan.fit import clock, fit, read_model
 from jaxllm.plan.plan import make_plan, prompt_steps
 from jaxllm.plan.times import Step
 from jaxllm.plan.workloads import predict_workload
@@ -110,6 +110,22 @@ def test_the_h200_is_predicted_from_short_runs(name, which):
     off = made.seconds.predicted / H200_MEASURED[name, which] - 1
     assert abs(off) < (0.25 if (name, which) == ("qwen3-0.6b", "shared_prefix") else 0.15)
     assert made.seconds.floor < H200_MEASURED[name, which]
+
+
+# Two H200 (f15efda, 2026-11-30), 16 layers of Llama 3.3 70B's width; the calibration has seen Llama 3.1 8B over two.
+TWO_H200 = {"decode_heavy": 5.235, "shared_prefix": 1.714, "single_stream": 2.180, "prefill_heavy": 5.842}
+
+
+@pytest.mark.parametrize("which", TWO_H200)
+def test_two_h200_are_predicted_from_short_runs_of_another_model(which):
+    h200 = chip("h200")
+    shape = MODEL_SHAPES["llama-3.3-70b"] | {"num_hidden_layers": 16}
+    part = read_model("16 layers", shape, "bfloat16")
+    fitted = fit(part, h200, EngineConfig(model="x", max_model_len=18432, tensor_parallel_size=2), data=1, tensor=2)
+    requests = workload(which, part.config.vocab_size)
+    made = predict_workload(which, requests, fitted, clock(part, h200, calibration_of(h200), 2))
+    assert made.seconds.floor < TWO_H200[which]
+    assert made.seconds.predicted == pytest.approx(TWO_H200[which], rel=0.15)
 
 
 def predicted(name, which, on, calibration, tensor=1, sizes=None):
