@@ -1,4 +1,5 @@
-"""A million random steps: arrivals, aborts, forks, priorities, salts, tiny caches, windows, resumptions, overlap."""
+"""A million random steps, half of them in slow runs: arrivals, aborts, forks, priorities, salts, tiny caches, windows,
+resumptions, overlap."""
 
 import random
 from typing import Any
@@ -9,6 +10,7 @@ from jaxllm.core.request import Status
 from tests.core.simulation import VOCABULARY, Case, Simulation
 
 NUM_SEEDS = 100  # each draws its own sizes, policies and traffic
+NUM_QUICK = 50  # of them in a plain run
 STEPS_PER_SEED = 10_000  # NUM_SEEDS times this is a million
 
 
@@ -56,7 +58,9 @@ class Traffic:
             simulation.lose_device_state()
 
 
-@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+@pytest.mark.parametrize(
+    "seed", [*range(NUM_QUICK), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(NUM_QUICK, NUM_SEEDS))]
+)
 def test_a_million_steps(seed: int) -> None:
     rng = random.Random(seed)
     simulation = Simulation(Case.draw(rng))
