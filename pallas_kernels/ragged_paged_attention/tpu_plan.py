@@ -21,26 +21,23 @@ class Segments(NamedTuple):
 
 
 class Writes(NamedTuple):
-    """Aligned runs of `size` positions within a page that get new tokens of the rows of several tokens.
+    """Runs of tiles within a page that get new tokens of the rows of several tokens, cut at multiples of `size`
+    positions.
 
     Attributes:
-      pages, parts: int32[N], the page, and which run in it.
-      old_pages, old_parts: int32[N], the run whose old content is to be read: that run itself where it is only partly
-        new, else that of the entry before, which costs no copy.
-      sources: int32[N], the block of `size` tokens that holds the token at the run's first position; may be -1.
-      shifts: int32[N], where in that block it stands.
-      firsts, lasts: int32[N], the half-open range of the run's positions that is new.
+      pages, tiles: int32[N], the page, and the first tile in it that gets new tokens.
+      firsts, lasts: int32[N], the half-open range of positions from that tile on that is new.
+      sources: int32[N], the tile of tokens that holds the first of them.
+      shifts: int32[N], where a position's token stands from that tile on, less the position; may be negative.
       total: int32[1], how many are real.
     """
 
     pages: jax.Array
-    parts: jax.Array
-    old_pages: jax.Array
-    old_parts: jax.Array
-    sources: jax.Array
-    shifts: jax.Array
+    tiles: jax.Array
     firsts: jax.Array
     lasts: jax.Array
+    sources: jax.Array
+    shifts: jax.Array
     total: jax.Array
 
 
@@ -69,7 +66,7 @@ def segments(metadata: AttentionMetadata, block: int) -> Segments:
     return Segments(rows, first[rows] + index, count)
 
 
-def writes(metadata: AttentionMetadata, size: int, page_size: int) -> Writes:
+def writes(metadata: AttentionMetadata, size: int, page_size: int, tile: int) -> Writes:
     """Cuts the new positions of the rows from num_decodes on at multiples of `size`, which divides page_size."""
     tokens, num_rows = metadata.positions.shape[0], metadata.kv_lens.shape[0]
     lengths = metadata.query_starts[1:] - metadata.query_starts[:-1]
@@ -78,15 +75,14 @@ def writes(metadata: AttentionMetadata, size: int, page_size: int) -> Writes:
     run = starts // size
     counts = jnp.where(_is_longer(metadata), (ends - 1) // size - run + 1, 0)
     rows, index, count = _enumerate(counts, -(-tokens // size) + 2 * min(num_rows, tokens))
-    base = (run[rows] + index) * size  # the run's first position
+    base = (run[rows] + index) * size
+    begin = jnp.maximum(starts[rows], base)  # the first new position
+    end = jnp.minimum(ends[rows], base + size)
+    base = begin // tile * tile
     width = metadata.page_tables.shape[1]
     real = jnp.arange(rows.shape[0], dtype=jnp.int32) < count
     pages = metadata.page_tables[rows, jnp.minimum(base // page_size, width - 1)]
     pages = jnp.where(real, pages, 0)
-    parts = jnp.where(real, base % page_size // size, 0)
-    firsts, lasts = jnp.maximum(starts[rows] - base, 0), jnp.minimum(ends[rows] - base, size)
-    firsts, lasts = jnp.where(real, firsts, 0), jnp.where(real, lasts, 0)
-    token = metadata.query_starts[rows] + base - starts[rows]
-    partial = lasts - firsts < size
-    old = jax.lax.cummax(jnp.where(partial, jnp.arange(rows.shape[0], dtype=jnp.int32), 0))
-    return Writes(pages, parts, pages[old], parts[old], token // size, token % size, firsts, lasts, count)
+    token = metadata.query_starts[rows] + begin - starts[rows]
+    firsts = begin - base
+    return Writes(pages, base % page_size // tile, firsts, end - base, token // tile, token % tile - firsts, count)

@@ -8,9 +8,10 @@ block while one is computed, on into the next segment.
 A block is as many tokens as VMEM has room for, up to all of the step's: keys and values are read once for each. Within
 it they meet the queries by chunks, whose size is that of a good product (see `tpu_sizes`). Keys that all queries of a
 full chunk see whole skip the masks. Of a segment that is short, or sees few of the keys, only some parts of a chunk are
-computed.
+computed, each with the keys that its queries see: all of a block, or a half or quarter of it, 128 at least.
 
-Bytes: a row's keys and values are read once for each of its blocks of queries, of those up to the block's end.
+Bytes: a row's keys and values are read once for each of its blocks of queries, of those up to the block's end, in whole
+tiles.
 """
 
 import functools
@@ -23,12 +24,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..mosaic_tpu import keep_in_vmem, result
 from .tpu_common import LOG2E, LOWEST, cdiv, dot, dot_transposed, fold, keep_in_hbm, to_log2, widen
+from .tpu_copies import copy_pages
 from .tpu_plan import segments
-from .tpu_sizes import LANES, PrefillSizes, floor_pow2
+from .tpu_sizes import LANES, PrefillSizes, part_tokens, spans
 from .types import AttentionMetadata
 
-PART_ROWS = 128  # query rows, and at least PART_TOKENS tokens, of the parts of a block that a short row is cut to
-PART_TOKENS = 32
 NOTHING = -(2**30)  # a last key that stands for none
 
 
@@ -61,9 +61,12 @@ def _body(
     _, heads, keys, cache_lanes = buffers.shape
     group, lanes = q.shape[0] // heads, q.shape[2]
     tokens, chunk = sizes.tokens, sizes.chunk
-    part_tokens = min(chunk, max(PART_TOKENS, floor_pow2(PART_ROWS // group)))
     tile = 32 // buffers.dtype.itemsize
+    part_size = part_tokens(chunk, group)
+    widths = spans(keys)
+    widths_of_parts = widths if part_size < chunk else widths[:-1]
     pages_per_block = keys // page_size
+    my_heads = pl.ds(part * heads, heads)
     last_segment = pl.num_programs(1) - 1
 
     def reach(index):
@@ -81,21 +84,19 @@ def _body(
         _, _, _, first, end = reach(index)
         return jnp.where(index < count[0], cdiv(end, page_size) - first, 0)
 
-    def fetch(page, buffer, index):
-        place = pl.ds(pl.multiple_of(index * page_size, page_size), page_size)
-        return pltpu.make_async_copy(
-            cache.at[page, pl.ds(part * heads, heads)], buffers.at[buffer, :, place, :], sems.at[buffer]
-        )
+    def copies(index, block, buffer, act, table=None):
+        """Acts on the copies of a block's keys that come before the segment's end."""
+        _, _, _, first, end = reach(index)
+        first += block * pages_per_block
+        held = jnp.where(index < count[0], jnp.clip(end - first * page_size, 0, keys), 0)
 
-    def pages_in(index, block):
-        return jnp.clip(num_pages(index) - block * pages_per_block, 0, pages_per_block)
+        def page(at):
+            return 0 if table is None else table[0, first + at]
 
-    def fetch_all(index, block, buffer, table):
-        first = reach(index)[3] + block * pages_per_block
+        copy_pages(act, cache, my_heads, page, held, buffers.at[buffer], sems.at[buffer])
 
-        @pl.loop(0, pages_in(index, block))
-        def _start(at):
-            fetch(table[0, first + at], buffer, at).start()
+    def fetch(index, block, buffer, table):
+        copies(index, block, buffer, lambda copy: copy.start(), table)
 
     low, high, origin, first, end = reach(segment)
     num_blocks = cdiv(num_pages(segment), pages_per_block)
@@ -105,7 +106,7 @@ def _body(
     @pl.when(segment == 0)
     def _first():
         state[0] = 0
-        fetch_all(0, 0, 0, table)
+        fetch(0, 0, 0, table)
 
     @pl.when((segment == 0) | (blocks[before] != blocks[segment]))
     def _reset():
@@ -114,7 +115,8 @@ def _body(
         acc[...] = jnp.zeros_like(acc)
 
     def clear_from(buffer, at):
-        """Zeros in the buffer from key `at` on: what stands there belongs to others."""
+        """Zeros in the buffer from key `at` to the end of the least span with it: what stands there belongs to
+        others."""
         base = pl.multiple_of(lax.div(at, tile) * tile, tile)
 
         @pl.when(base < at)
@@ -123,14 +125,19 @@ def _body(
             index = lax.broadcasted_iota(jnp.int32, old.shape, 1)
             buffers[buffer, :, pl.ds(base, tile), :] = jnp.where(index < at - base, old, 0.0).astype(buffers.dtype)
 
-        @pl.loop(cdiv(at, tile), keys // tile)
+        span = jnp.int32(keys)
+        for width in reversed(widths):
+            span = jnp.where(at <= width, width, span)
+
+        @pl.loop(cdiv(at, tile), lax.div(span, tile))
         def _wholly(index):
             place = pl.ds(pl.multiple_of(index * tile, tile), tile)
             buffers[buffer, :, place, :] = jnp.zeros((heads, tile, cache_lanes), buffers.dtype)
 
-    def attend(head, buffer, at, width: int, last_seen):
-        """Lets `width` queries a head, from `at` of the block on, meet the keys of the buffer. last_seen: int32[group *
-        width, LANES], the last key of the buffer that each sees, in all lanes; None where each sees all."""
+    def attend(head, buffer, at, width: int, span: int, last_seen):
+        """Lets `width` queries a head, from `at` of the block on, meet the first `span` keys of the buffer.
+        last_seen: int32[group * width, LANES], the last key of the buffer that each sees, in all lanes; None where each
+        sees all."""
         mine = pl.ds(at, width)
 
         def flat(x):
@@ -140,12 +147,12 @@ def _body(
             ref[head, :, mine, :] = x.reshape(group, width, x.shape[1])
 
         queries = flat(q[pl.ds(head * group, group), mine, :])
-        head_keys = buffers[buffer, head, :, :lanes].astype(queries.dtype)
-        values = buffers[buffer, head, :, cache_lanes - lanes :].astype(queries.dtype)
+        head_keys = buffers[buffer, head, :span, :lanes].astype(queries.dtype)
+        values = buffers[buffer, head, :span, cache_lanes - lanes :].astype(queries.dtype)
         scores = to_log2(dot_transposed(queries, head_keys), scale[0], cap)
         if last_seen is not None:
             key = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            limit = widen(last_seen, keys)
+            limit = widen(last_seen, span)
             visible = key <= limit
             if window is not None:
                 visible &= key > limit - window
@@ -153,7 +160,7 @@ def _body(
         old = flat(highest[head, :, mine, :])
         new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
         # Where a query has seen no key yet, masked keys weigh 1; the first that it sees scales that to nothing.
-        weights = jnp.exp2(scores - widen(new, keys))
+        weights = jnp.exp2(scores - widen(new, span))
         rescale = jnp.exp2(old - new)
         put(total, flat(total[head, :, mine, :]) * rescale + fold(weights))
         put(highest, new)
@@ -171,17 +178,26 @@ def _body(
     def attend_whole(buffer, base, last_seen):
         @pl.loop(0, heads)
         def _head(head):
-            attend(head, buffer, base, chunk, last_seen)
+            attend(head, buffer, base, chunk, keys, last_seen)
+
+    def keys_seen(queries_end, first_key):
+        """How many keys of a block the segment's queries before `queries_end` see, or more than it has."""
+        return jnp.minimum(queries_end, high) + origin - first_key
 
     def attend_parts(buffer, base, first_key, first_part, parts_end):
         @pl.loop(first_part, parts_end)
         def _part(index):
-            at = pl.multiple_of(base + index * part_tokens, part_tokens)
-            last_seen = seen_from(at, part_tokens, first_key)
+            at = pl.multiple_of(base + index * part_size, part_size)
+            last_seen = seen_from(at, part_size, first_key)
+            seen = jnp.minimum(keys_seen(at + part_size, first_key), keys)
 
-            @pl.loop(0, heads)
-            def _head(head):
-                attend(head, buffer, at, part_tokens, last_seen)
+            for narrower, span in zip((0, *widths), widths_of_parts):
+
+                @pl.when((seen > narrower) & (seen <= span))
+                def _span(span=span):
+                    @pl.loop(0, heads)
+                    def _head(head):
+                        attend(head, buffer, at, part_size, span, last_seen)
 
     @pl.loop(0, num_blocks)
     def _block(block):
@@ -190,16 +206,13 @@ def _body(
 
         @pl.when(is_last & (segment < last_segment))
         def _fetch_of_next_segment():
-            fetch_all(after, 0, 1 - buffer, next_table)
+            fetch(after, 0, 1 - buffer, next_table)
 
         @pl.when(jnp.logical_not(is_last))
         def _fetch_of_this_segment():
-            fetch_all(segment, block + 1, 1 - buffer, table)
+            fetch(segment, block + 1, 1 - buffer, table)
 
-        @pl.loop(0, pages_in(segment, block))
-        def _wait(at):
-            fetch(0, buffer, at).wait()
-
+        copies(segment, block, buffer, lambda copy: copy.wait())
         first_key = (first + block * pages_per_block) * page_size
 
         @pl.when(first_key + keys > end)
@@ -217,16 +230,18 @@ def _body(
             all_seen = (low <= base) & (high >= base + chunk) & (first_key + keys <= origin + base + 1)
             if window is not None:
                 all_seen &= first_key >= origin + base + chunk - window
-            # The parts in which a query of the segment sees a key; all of them in one go where they are many.
-            first_part = lax.div(jnp.maximum(from_token - base, 0), part_tokens)
-            parts_end = cdiv(jnp.minimum(to_token - base, chunk), part_tokens)
-            few = (part_tokens < chunk) & (2 * (parts_end - first_part) * part_tokens <= chunk)
+            # The parts in which a query of the segment sees a key; all of them in one go where these are many, and
+            # keys, too.
+            first_part = lax.div(jnp.maximum(from_token - base, 0), part_size)
+            parts_end = cdiv(jnp.minimum(to_token - base, chunk), part_size)
+            few = (part_size < chunk) & (2 * (parts_end - first_part) * part_size <= chunk)
+            few |= (len(widths) > 1) & (2 * keys_seen(base + chunk, first_key) <= keys)
 
             @pl.when(all_seen)
             def _whole_without_masks():
                 attend_whole(buffer, base, None)
 
-            if part_tokens < chunk:
+            if widths_of_parts:
 
                 @pl.when(few)
                 def _parts():

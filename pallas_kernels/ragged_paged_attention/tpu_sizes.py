@@ -26,6 +26,11 @@ TABLE_BYTES = 512 * 1024  # of the 1 MiB of SMEM, for page tables
 MOST_PREFILL_BYTES = 24_000_000  # of VMEM
 LEAST_LIMIT = 8_000_000  # of VMEM
 MOST_KEYS = 512  # a block of keys; more would only waste the tail of a row
+MOST_RUN = 64  # tokens of a page that are written at once
+RUN_SLOTS = 4  # such runs in VMEM
+RUN_AHEAD = 2  # of them on their way to it
+PART_ROWS = 128  # query rows, and at least PART_TOKENS tokens, of the parts of a block that a short row is cut to
+PART_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +109,13 @@ class Problem:
 
     @property
     def tile(self) -> int:
-        """Sublanes of a tile of the cache: the least that a copy can move."""
+        """Tokens of the cache that fill registers: what is loaded and stored at once, where it need not be more."""
         return 32 // self.cache_bytes
+
+    @property
+    def copied_tile(self) -> int:
+        """Tokens of the cache that are copied at least."""
+        return copied_tile(self.cache_bytes)
 
     @property
     def capacity(self) -> int:
@@ -121,6 +131,12 @@ def ceil_pow2(n: int) -> int:
 def floor_pow2(n: int) -> int:
     """The greatest power of two that is at most n; 1 for n < 1."""
     return 1 << (max(n, 1).bit_length() - 1)
+
+
+def copied_tile(itemsize: int) -> int:
+    """Tokens of a tile of the cache in HBM, in which it is contiguous: what a copy moves at least. XLA lays it out in
+    tiles of 8 tokens in float32 and bfloat16, of 32 in 8 bits, on all chips."""
+    return {4: 8, 2: 8, 1: 32}[itemsize]
 
 
 @functools.cache
@@ -197,10 +213,15 @@ def decode_vmem(problem: Problem, sizes: DecodeSizes) -> int:
     return sizes.buffers * block + block + scores + tokens * rows
 
 
-def write_vmem(num_kv_heads: int, tokens: int, cache_lanes: int, cache_bytes: int) -> int:
+def run_tokens(page_size: int) -> int:
+    """Tokens of a page that the write kernel takes at once."""
+    return min(page_size, MOST_RUN)
+
+
+def write_vmem(num_kv_heads: int, tokens: int, tile: int, cache_lanes: int, cache_bytes: int) -> int:
     """Bytes that the write kernel keeps for runs of `tokens`, what it shifts in float32 included."""
-    run = num_kv_heads * tokens * cache_lanes
-    return 2 * 4 * run * cache_bytes + 8 * run * 4
+    slot = num_kv_heads * (2 * tokens + tile) * cache_lanes * cache_bytes
+    return RUN_SLOTS * slot + 4 * (tokens + tile) * cache_lanes * 4
 
 
 def vmem_limit(chip: Chip, needed: int) -> int:
@@ -237,6 +258,16 @@ def prefill_sizes(chip: Chip, problem: Problem) -> PrefillSizes:
         else:
             return sizes
         tokens = chunk
+
+
+def part_tokens(chunk: int, group: int) -> int:
+    """Tokens of the parts that a chunk of the prefill kernel is cut to where few of its queries or keys count."""
+    return min(chunk, max(PART_TOKENS, floor_pow2(PART_ROWS // group)))
+
+
+def spans(keys: int) -> tuple[int, ...]:
+    """The numbers of keys of a block that the prefill kernel can multiply, ascending up to all of them."""
+    return tuple(keys >> shift for shift in reversed(range(keys.bit_length())) if keys >> shift >= LANES) or (keys,)
 
 
 def _prefill_room(chip: Chip) -> int:

@@ -8,7 +8,7 @@ Decode takes what its rows need of them, which `decode_operands` says.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from . import tpu_prefill, tpu_sizes, tpu_write
+from . import tpu_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Traffic:
     Attributes:
       read, written: bytes from and to the cache; read also has what `tpu_write` reads of new keys and values beyond
         once.
-      flops: of products of queries with their own head's keys and values, whole blocks with all that is masked in them.
+      flops: of products of queries with their own head's keys and values, with all that is masked in them.
       filler_flops: of products of queries with other heads' keys, all masked: they run where registers would otherwise
         lie empty, see `tpu_decode`.
     """
@@ -42,21 +42,24 @@ def cdiv(a: int, b: int) -> int:
 
 
 def decode(
-    problem: tpu_sizes.Problem, sizes: tpu_sizes.DecodeSizes, kv_lens: Sequence[int], window: int | None = None
+    problem: tpu_sizes.Problem,
+    sizes: tpu_sizes.DecodeSizes,
+    kv_lens: Sequence[int],
+    window: int | None = None,
 ) -> Traffic:
     """`tpu_decode` over rows of one query token that see `kv_lens` keys, their own included."""
     token = problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
     heads = problem.num_kv_heads // sizes.parts
     bundle = tpu_sizes.bundle_heads(heads, problem.group)
-    page = problem.page_size
+    page, tile = problem.page_size, problem.copied_tile
     total = Traffic()
     for kv_len in kv_lens:
         first = 0 if window is None else max(kv_len - window, 0) // page
         pages = cdiv(kv_len, page) - first
         blocks = cdiv(pages, sizes.keys // page)
         own = 4 * blocks * sizes.keys * problem.num_kv_heads * problem.group * problem.key_lanes
-        read = cdiv(kv_len - first * page, problem.tile) * problem.tile * token
-        total += Traffic(read, problem.tile * token, own, (bundle - 1) * own)
+        read = cdiv(kv_len - 1 - first * page, tile) * tile * token
+        total += Traffic(read, tile * token, own, (bundle - 1) * own)
     return total
 
 
@@ -71,20 +74,24 @@ def decode_operands(problem: tpu_sizes.Problem, num_decodes: int) -> int:
 def write(problem: tpu_sizes.Problem, lengths: Sequence[int], kv_lens: Sequence[int], num_before: int = 0) -> Traffic:
     """`tpu_write` of rows of several tokens: the last `lengths` of `kv_lens`; the first row's first token is the step's
     token `num_before`."""
-    size = min(problem.page_size, tpu_write.MOST_TOKENS)
-    run = size * problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
-    runs = [
-        min(end, base + size) - max(end - length, base)  # how many are new
-        for length, end in zip(lengths, kv_lens, strict=True)
-        for base in range((end - length) // size * size, end, size)
-    ]
-    old = sum(new < size for new in runs[1:]) + 1  # the first step always has an old run
-    twice, start = 0, num_before
+    size, tile = tpu_sizes.run_tokens(problem.page_size), problem.copied_tile
+    fetched = old = written = 0
+    start = num_before
     for length, end in zip(lengths, kv_lens, strict=True):
-        if (start - (end - length)) % size:
-            twice += cdiv(end, size) - (end - length) // size
+        first = end - length
+        for base in range(first // size * size, end, size):
+            low, high = max(base, first), min(base + size, end)
+            fetched += _tiles(start + low - first, start + high - first, tile)
+            written += _tiles(low, high, tile)
+        old += first % tile > 0
         start += length
-    return Traffic((old + twice) * run, len(runs) * run)
+    token = problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
+    return Traffic(((fetched + old) * tile - sum(lengths)) * token, written * tile * token)
+
+
+def _tiles(low: int, high: int, tile: int) -> int:
+    """That tokens [low, high) lie in."""
+    return cdiv(high, tile) - low // tile
 
 
 def prefill(
@@ -98,17 +105,17 @@ def prefill(
     """`tpu_prefill` of the last `lengths` tokens of rows that see `kv_lens` keys; the first row's first token is the
     step's token `num_before`."""
     token = problem.num_kv_heads * problem.cache_lanes * problem.cache_bytes
-    page, keys = problem.page_size, sizes.keys
+    page, keys, tile = problem.page_size, sizes.keys, problem.copied_tile
     total = Traffic()
     for low, high, origin in _segments(sizes.tokens, num_before, lengths, kv_lens):
         first = 0 if window is None else max(origin + low - window + 1, 0) // page
-        pages = cdiv(origin + high, page) - first
-        queries = sum(
-            _queries(problem, sizes, low, high, origin, block * keys + first * page, window)
-            for block in range(cdiv(pages, keys // page))
+        seen = origin + high - first * page
+        products = sum(
+            _products(problem, sizes, low, high, origin, block * keys + first * page, window)
+            for block in range(cdiv(seen, keys))
         )
-        products = 4 * problem.num_kv_heads * problem.group * keys * problem.key_lanes
-        total += Traffic(pages * page * token, 0, queries * products)
+        flops = 4 * problem.num_kv_heads * problem.group * problem.key_lanes * products
+        total += Traffic(cdiv(seen, tile) * tile * token, 0, flops)
     return total
 
 
@@ -122,7 +129,7 @@ def _segments(block: int, start: int, lengths: Sequence[int], kv_lens: Sequence[
         start = end
 
 
-def _queries(
+def _products(
     problem: tpu_sizes.Problem,
     sizes: tpu_sizes.PrefillSizes,
     low: int,
@@ -131,10 +138,10 @@ def _queries(
     first_key: int,
     window: int | None,
 ) -> int:
-    """Query tokens that meet the block of keys from `first_key` on: whole chunks of them, or some parts of a chunk."""
+    """Query tokens times keys that meet of the block of keys from `first_key` on: whole chunks with all of it, or some
+    parts of a chunk with as much as they see, rounded up to a span."""
     chunk, keys = sizes.chunk, sizes.keys
-    part_rows = tpu_sizes.floor_pow2(tpu_prefill.PART_ROWS // problem.group)
-    part = min(chunk, max(tpu_prefill.PART_TOKENS, part_rows))
+    part, spans = tpu_sizes.part_tokens(chunk, problem.group), tpu_sizes.spans(keys)
     from_token = max(low, first_key - origin)
     to_token = high if window is None else min(high, first_key + keys - 1 + window - origin)
     total = 0
@@ -142,11 +149,13 @@ def _queries(
         all_seen = low <= base and high >= base + chunk and first_key + keys <= origin + base + 1
         if window is not None:
             all_seen = all_seen and first_key >= origin + base + chunk - window
-        parts = cdiv(min(to_token - base, chunk), part) - max(from_token - base, 0) // part
-        if all_seen or part == chunk or 2 * parts * part > chunk:
-            total += chunk
+        parts = range(max(from_token - base, 0) // part, cdiv(min(to_token - base, chunk), part))
+        seen = [min(base + end, high) + origin - first_key for end in (*((at + 1) * part for at in parts), chunk)]
+        few = (part < chunk and 2 * len(parts) * part <= chunk) or (len(spans) > 1 and 2 * seen[-1] <= keys)
+        if all_seen or not few:
+            total += chunk * keys
         else:
-            total += max(parts, 0) * part
+            total += sum(part * next(span for span in spans if span >= min(each, keys)) for each in seen[:-1])
     return total
 
 

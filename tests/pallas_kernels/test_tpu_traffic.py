@@ -20,19 +20,24 @@ def test_a_decode_row_reads_whole_tiles_and_writes_one():
     found = step("v6e", [1], [1000], decodes_only=True)
     assert found.keys() == {"ragged_paged_decode"}
     decode = found["ragged_paged_decode"]
-    assert (decode.read, decode.written) == (1008 * TOKEN, 16 * TOKEN)
+    assert (decode.read, decode.written) == (1000 * TOKEN, 8 * TOKEN)
     assert decode.flops == 4 * 32 * 128 * 1024  # four blocks of 256 keys
     assert decode.filler_flops == decode.flops  # two key-value heads a bundle
     windowed = step("v6e", [1], [1000], decodes_only=True, window=100)["ragged_paged_decode"]
-    assert windowed.read == 112 * TOKEN  # keys 900 to 999: page 14, and of page 15 what is filled
+    assert windowed.read == 104 * TOKEN  # keys 900 to 998: page 14, and of page 15 what is filled
+    begun = step("v6e", [1], [1], decodes_only=True)["ragged_paged_decode"]
+    assert (begun.read, begun.written) == (0, 8 * TOKEN)
 
 
 def test_a_prompt_is_read_once_a_block_of_its_queries():
     found = step("v6e", [2048], [2048], decodes_only=False)  # VMEM for blocks of 1024, of chunks of 256 queries
     assert found["ragged_paged_prefill"].read == (1024 + 2048) * TOKEN
-    assert found["ragged_paged_prefill"].flops == 4 * 32 * 128 * 256 * 512 * (1 + 1 + 2 + 2 + 3 + 3 + 4 + 4)
+    # Chunks see whole blocks of 512 keys, but that every second ends with half a block: parts of 32 see a quarter of it
+    # and then a half.
+    whole, half = 256 * 512, 4 * 32 * (128 + 256)
+    assert found["ragged_paged_prefill"].flops == 4 * 32 * 128 * (whole * (0 + 1 + 1 + 2 + 2 + 3 + 3 + 4) + half * 4)
     assert found["ragged_paged_write"].written == 2048 * TOKEN
-    assert found["ragged_paged_write"].read == 64 * TOKEN
+    assert found["ragged_paged_write"].read == 0  # beyond the new keys and values themselves
     assert found["ragged_paged_decode"] == tpu_traffic.Traffic()
     short = step("v6e", [2048], [2048], decodes_only=False, window=128)["ragged_paged_prefill"]
     assert short.flops < 0.6 * found["ragged_paged_prefill"].flops
@@ -41,12 +46,20 @@ def test_a_prompt_is_read_once_a_block_of_its_queries():
 
 def test_short_rows_take_parts_of_a_block():
     found = step("v6e", [20, 20], [20, 20], decodes_only=False)["ragged_paged_prefill"]
-    assert found.flops == 3 * 4 * 32 * 128 * 32 * 512  # the second row lies in two parts of 32 queries
-    assert found.read == 2 * 64 * TOKEN
+    assert found.flops == 3 * 4 * 32 * 128 * 32 * 128  # the second row lies in two parts of 32 queries
+    assert found.read == 2 * 24 * TOKEN
+
+
+def test_writes_move_the_tiles_that_hold_new_tokens():
+    written = step("v6e", [20, 20], [20, 120], decodes_only=False)["ragged_paged_write"]
+    assert written.written == (24 + 24) * TOKEN  # positions 0 to 19, and 100 to 119, which fill 96 to 119
+    # The first row's tokens in three tiles; the second's, tokens 20 to 39, of 16 to 39, and 20 to 27 as they fall into
+    # two runs; and the tile with what was at 96 to 99.
+    assert written.read == (24 + 24 + 8 - 40) * TOKEN
 
 
 ROWS, TOKENS = 9, 2048
-plan = jax.jit(lambda metadata: (tpu_plan.segments(metadata, 128), tpu_plan.writes(metadata, 64, 64)))
+plan = jax.jit(lambda metadata: (tpu_plan.segments(metadata, 128), tpu_plan.writes(metadata, 64, 64, 8)))
 
 
 @settings(max_examples=50, deadline=None)
@@ -77,12 +90,9 @@ def test_as_many_segments_and_runs_as_the_kernels_plan(lengths, before, decodes)
     for (low, high, origin), row, block in zip(mine, *map(np.asarray, planned[:2])):
         assert low == max(starts[row] - block * 128, 0) and high == min(starts[row + 1] - block * 128, 128)
         assert origin == kv_lens[row] - (starts[row + 1] - block * 128)
-    count = int(runs.total[0])
-    olds = [
-        (int(page), int(part))
-        for page, part in zip(np.asarray(runs.old_pages)[:count], np.asarray(runs.old_parts)[:count])
-    ]
-    fetched = 1 + sum(old != previous for old, previous in zip(olds[1:], olds))
-    fetched += int((np.asarray(runs.shifts)[:count] != 0).sum())  # a second block of new tokens
+    shifts, firsts, lasts = (np.asarray(x)[: int(runs.total[0])] for x in (runs.shifts, runs.firsts, runs.lasts))
+    fetched = (-(-(shifts + lasts) // 8) + (firsts > 0)).sum()
+    written = (-(-lasts // 8)).sum()
     found = tpu_traffic.write(LLAMA, lengths, kv_lens[decodes:], decodes)
-    assert (found.read, found.written) == (fetched * 64 * TOKEN, count * 64 * TOKEN)
+    assert found.read == (int(fetched) * 8 - sum(lengths)) * TOKEN
+    assert found.written == int(written) * 8 * TOKEN
