@@ -71,11 +71,14 @@ def test_llama(chip, batch):
         assert taken["ragged_paged_prefill"] <= tpu_sizes.prefill_vmem(wanted, tpu_sizes.prefill_sizes(device, wanted))
 
 
+SINKS = dict(tokens=2048, num_heads=64, num_kv_heads=8, head_dim=64, window=128, sinks=True)  # gpt-oss
 OPTIONS = [  # in a plain run, too
     ("v5p", dict(tokens=2048, num_heads=8, num_kv_heads=4, head_dim=256, page_size=128, window=4096, cap=50.0)),
-    ("tpu7x", dict(tokens=2048, num_heads=64, num_kv_heads=8, head_dim=64, window=128, sinks=True)),  # gpt-oss
+    ("tpu7x", SINKS),
+    ("v6e", SINKS),
 ]
 SHAPES = [
+    *((chip, SINKS) for chip in ("v4", "v5e", "v5p")),
     ("v5e", dict(tokens=192, num_heads=9, num_kv_heads=3, head_dim=64, page_size=16)),  # SmolLM2 135M
     ("v6e", dict(tokens=256, num_heads=14, num_kv_heads=2, head_dim=64)),  # Qwen2.5 0.5B
     ("v4", dict(tokens=512, num_heads=32, num_kv_heads=32, head_dim=96, page_size=32, width=128)),  # Phi-3 mini
