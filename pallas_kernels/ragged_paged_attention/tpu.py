@@ -4,8 +4,8 @@ Three kernels: `tpu_write` puts the new keys and values of longer rows into thei
 the leading rows of one query token, their writes included; `tpu_prefill` serves all other rows. The first and the last
 are left out of steps that are known to hold decodes alone.
 
-A page that a row writes to is that row's alone in the step: decode reads others' pages while it writes back tiles of 8
-to 32 tokens, of which only one is new.
+A page that a row writes to is that row's alone in the step: decode reads others' pages while it writes 1 to 4 tokens,
+of which only one is new. Behind a row's end a page holds anything: what is there is written before it is read.
 
 A page holds, for each key-value head, page_size rows of one key and one value side by side: a head's keys and values
 are whole tiles that a product takes as they are, and a page is one contiguous copy. Heads of 64 fill the 128 lanes

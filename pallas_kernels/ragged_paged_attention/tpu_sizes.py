@@ -114,8 +114,13 @@ class Problem:
 
     @property
     def copied_tile(self) -> int:
-        """Tokens of the cache that are copied at least."""
+        """Tokens of the cache that are copied at least, but for those that decode writes."""
         return copied_tile(self.cache_bytes)
+
+    @property
+    def word_tokens(self) -> int:
+        """Tokens of the cache that decode writes for one."""
+        return word_tokens(self.cache_bytes)
 
     @property
     def capacity(self) -> int:
@@ -134,9 +139,15 @@ def floor_pow2(n: int) -> int:
 
 
 def copied_tile(itemsize: int) -> int:
-    """Tokens of a tile of the cache in HBM, in which it is contiguous: what a copy moves at least. XLA lays it out in
+    """Tokens of a tile of the cache in HBM, in which it is contiguous: what copies are made of. XLA lays it out in
     tiles of 8 tokens in float32 and bfloat16, of 32 in 8 bits, on all chips."""
     return {4: 8, 2: 8, 1: 32}[itemsize]
+
+
+def word_tokens(itemsize: int) -> int:
+    """Tokens whose elements share words of 32 bits: the least that a copy can move of a tile. Of 128 lanes they are 512
+    bytes in one piece, in HBM and in VMEM."""
+    return 4 // itemsize
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def decode(
         blocks = cdiv(pages, sizes.keys // page)
         own = 4 * blocks * sizes.keys * problem.num_kv_heads * problem.group * problem.key_lanes
         read = cdiv(kv_len - 1 - first * page, tile) * tile * token
-        total += Traffic(read, tile * token, own, (bundle - 1) * own)
+        total += Traffic(read, problem.word_tokens * token, own, (bundle - 1) * own)
     return total
 
 
