@@ -7,8 +7,9 @@ Needs libtpu (the development packages have it) and no TPU. For each model and s
 pass and greedy sampler as the engine runs them, and prints a row of the table in docs/tpu.md, which explains it.
 
 Steps: `decode`, 64 rows of 1024 tokens; `prefill`, a prompt of 2048, which is as much as a step takes; `long`, as
-much of a prompt after 6144 tokens of it; `batch`, 8 prompts of 256; `short`, 64 of 32; `mixed`, 64 rows of 1024
-beside as much of a prompt as fits; `full`, 256 rows that fill the cache, of 1024 tokens at most; `brief`, 256 of 127.
+much of a prompt after 6144 tokens of it; `batch`, 8 prompts of 256; `short`, 64 of 32; `ragged`, 64 of 17 to 47;
+`mixed`, 64 rows of 1024 beside as much of a prompt as fits; `full`, 256 rows that fill the cache, of 1024 tokens at
+most; `brief`, 256 of 127.
 A row takes from seconds to minutes, that of 80 layers longest. Exit status 1 if a step does not fit, copies a weight
 or a cache, or exchanges what the design does not name.
 """
@@ -21,7 +22,7 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.tpu_steps import CASES, Engine, Measured, Step, decode_step, measure, prefill_step, unnamed
+from tests.tpu_steps import CASES, Engine, Measured, Step, decode_step, measure, prefill_step, ragged_step, unnamed
 
 COLUMNS = (
     "model, slice",
@@ -49,6 +50,7 @@ def steps_of(engine: Engine, names: list[str]) -> list[Step]:
         "long": Step("prefill 2048 after 6144", (2048,), (8192,)),
         "batch": prefill_step(8, 256),
         "short": prefill_step(64, 32),
+        "ragged": ragged_step(64, 32),
         "mixed": Step("decode 64 × 1024, prefill 1984", (1,) * 64 + (1984,), decode_step(64, 1024).kv_lens + (1984,)),
         "full": decode_step(256, most),
         "brief": decode_step(256, 127),
@@ -84,7 +86,7 @@ def main() -> int:
     parser.add_argument(
         "--steps",
         nargs="+",
-        choices=("decode", "prefill", "long", "batch", "short", "mixed", "full", "brief"),
+        choices=("decode", "prefill", "long", "batch", "short", "ragged", "mixed", "full", "brief"),
         default=["decode", "prefill"],
     )
     parser.add_argument("--layers", type=int, help="how many layers of each model; all of them by default")

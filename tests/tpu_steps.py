@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import random
 from collections import Counter
 from typing import Any
 
@@ -90,6 +91,13 @@ def decode_step(rows: int, mean: int) -> Step:
 
 def prefill_step(prompts: int, length: int) -> Step:
     return Step(f"prefill {prompts} × {length}", (length,) * prompts, (length,) * prompts)
+
+
+def ragged_step(prompts: int, mean: int) -> Step:
+    """Prompts of about half the mean to one and a half times of it, which begin and end at any offset to tiles."""
+    lengths = [mean + (-1) ** row * (row // 2 % (mean // 2)) for row in range(prompts)]
+    random.Random(0).shuffle(lengths)
+    return Step(f"prefill {prompts} × {min(lengths)} to {max(lengths)}", tuple(lengths), tuple(lengths))
 
 
 class Engine:

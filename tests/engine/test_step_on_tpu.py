@@ -12,7 +12,18 @@ from jaxllm.engine.executables import Forward, Lowering, Sample
 from jaxllm.engine.sampling import VARIANTS
 from jaxllm.plan import hlo, hlo_cost
 from sharding import DATA, EXPERT, TENSOR
-from tests.tpu_steps import CASES, Case, Engine, Measured, decode_step, measure, prefill_step, unnamed
+from tests.tpu_steps import (
+    CASES,
+    Case,
+    Engine,
+    Measured,
+    Step,
+    decode_step,
+    measure,
+    prefill_step,
+    ragged_step,
+    unnamed,
+)
 from tests.tpu_topology import compiling_for, makers_of
 
 LAYERS = 2
@@ -58,15 +69,52 @@ def test_decode(case):
     assert forward.vmem["ragged_paged_decode"] < VMEM[case.chip] / 5  # XLA fetches weights into the rest
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
-def test_prefill(case):
+def assert_prefill(found: Measured) -> None:
     """Bytes within a tenth of what weights, cache and activations must move; FLOPs within a tenth of the floor, but
     that the end of the last layer goes over all slots."""
-    found = measure(Engine(case), prefill_step(1, 512 if case.model == "qwen3-0.6b" else 2048))
     assert_sound(found)
     padding = 2 * found.engine.plan.scheduler.max_num_seqs * found.engine.cost.active_weights / LAYERS
     assert found.minimum.flops < found.work.flops < 1.1 * found.minimum.flops + padding
     assert found.minimum.bytes < found.work.bytes < 1.1 * found.minimum_with_activations.bytes
+
+
+def step_of(case: Case) -> Step:
+    if case.model != "qwen3-0.6b":
+        return prefill_step(1, 2048)
+    return ragged_step(64, 32) if case.chip == "v5e" else prefill_step(1, 512)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_prefill(case):
+    assert_prefill(measure(Engine(case), step_of(case)))
+
+
+SHORT = (prefill_step(64, 32), ragged_step(64, 32), prefill_step(8, 256), decode_step(256, 127))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_of_short_rows(case):
+    """Of whole models: what attention moves and multiplies in vain is less than a tenth of what the step needs."""
+    engine = Engine(case)
+    layer, layers = engine.plan.layers[0], len(engine.plan.layers)
+    token = layer.num_kv_heads * 2 * layer.head_dim * 2
+    heads = engine.model.config.num_attention_heads // case.tensor
+    for step in SHORT:
+        least_bytes = token * (sum(step.kv_lens) + (0 if step.decodes_only else step.num_tokens))
+        pairs = sum(end * (end + 1) // 2 - start * (start + 1) // 2 for start, end in step.spans)
+        kernels = [found for name, found in engine.traffic(step).items() if name.startswith("ragged_paged")]
+        moved = sum(found.read + found.written for found in kernels) - least_bytes
+        multiplied = sum(found.flops for found in kernels) - 4 * heads * layer.head_dim * pairs
+        least = engine.minimum_with_activations(step)
+        assert 0 <= moved * layers < 0.075 * least.bytes, step
+        assert 0 <= multiplied * layers < 0.1 * least.flops, step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", SHORT[:-1], ids=lambda step: step.name)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_short_prompts(case, step):
+    assert_prefill(measure(Engine(case), step))
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ class Counted:
     "chip,changes",
     [
         ("v6e", dict(rows=DECODES + LONGER)),
-        ("tpu7x", dict(rows=DECODES + LONGER, page_size=32, window=70)),
+        pytest.param("tpu7x", dict(rows=DECODES + LONGER, page_size=32, window=70), marks=pytest.mark.slow),
         pytest.param("v5p", dict(rows=DECODES + LONGER, page_size=128), marks=pytest.mark.slow),
         pytest.param("v5e", dict(rows=DECODES + LONGER, head_dim=64, num_heads=14), marks=pytest.mark.slow),
         pytest.param("v4", dict(rows=DECODES, decodes_only=True, padding=0, page_size=32), marks=pytest.mark.slow),
