@@ -80,9 +80,7 @@ def writes(metadata: AttentionMetadata, size: int, page_size: int, tile: int) ->
     end = jnp.minimum(ends[rows], base + size)
     base = begin // tile * tile
     width = metadata.page_tables.shape[1]
-    real = jnp.arange(rows.shape[0], dtype=jnp.int32) < count
     pages = metadata.page_tables[rows, jnp.minimum(base // page_size, width - 1)]
-    pages = jnp.where(real, pages, 0)
     token = metadata.query_starts[rows] + begin - starts[rows]
     firsts = begin - base
     return Writes(pages, base % page_size // tile, firsts, end - base, token // tile, token % tile - firsts, count)

@@ -17,7 +17,6 @@ from pallas_kernels.ragged_paged_attention import tpu, tpu_decode, tpu_prefill, 
 from tests.pallas_kernels.batches import Case
 from tests.pallas_kernels.test_ragged_paged_attention_tpu import lay_out
 
-INTERPRET = pltpu.InterpretParams()
 # Rows of one token, and of less than a tile; that begin and end within tiles and pages; of more keys than a block.
 DECODES = ((1, 1), (1, 8), (1, 17), (1, 113), (1, 640))
 LONGER = ((2, 2), (40, 40), (33, 200), (64, 128), (7, 9), (90, 700))
@@ -52,8 +51,8 @@ class Counted:
     def multiplying(self, product):
         def counted(a, b):
             out = product(a, b)
-            depth = a.size * b.size // out.size
-            self.add("flops", 2 * out.size * math.isqrt(depth))
+            depth = math.isqrt(a.size * b.size // out.size)
+            self.add("flops", 2 * out.size * depth)
             return out
 
         return counted
@@ -90,7 +89,9 @@ def test_as_much_as_they_say(monkeypatch, chip, changes):
     q, _, _, k, v, cache, metadata, options = case.build()
     q, k, v, cache = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, lay_out(cache)))
     counted = Counted(monkeypatch, cache.shape)
-    attend = jax.jit(functools.partial(tpu.ragged_paged_attention, interpret=INTERPRET, chip=chip, **options))
+    attend = jax.jit(
+        functools.partial(tpu.ragged_paged_attention, interpret=pltpu.InterpretParams(), chip=chip, **options)
+    )
     jax.block_until_ready(attend(q, k, v, cache, metadata))
     jax.effects_barrier()
 
