@@ -5,7 +5,7 @@ the leading rows of one query token, their writes included; `tpu_prefill` serves
 are left out of steps that are known to hold decodes alone.
 
 A page that a row writes to is that row's alone in the step: decode reads others' pages while it writes 1 to 4 tokens,
-of which only one is new. Behind a row's end a page holds anything: what is there is written before it is read.
+of which only one is new. Behind a row's end a page holds anything: it meets no product before it is written.
 
 A page holds, for each key-value head, page_size rows of one key and one value side by side: a head's keys and values
 are whole tiles that a product takes as they are, and a page is one contiguous copy. Heads of 64 fill the 128 lanes
@@ -76,8 +76,9 @@ def ragged_paged_attention(
     prefill_sizes: tpu_sizes.PrefillSizes | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.ragged_paged_attention`. Two differences: products are in q's dtype with float32 sums, whatever the
-    cache holds, and padding tokens are not written to the dummy page.
+    """See `api.ragged_paged_attention`. Three differences: products are in q's dtype with float32 sums, whatever the
+    cache holds; padding tokens are not written to the dummy page; and behind a row's end its page may change, up to 31
+    tokens. So a row's next step begins at that end or before it, and what stands there in the page is nobody else's.
 
     Args:
       chip: a name in tpu_tuned.json; None takes the abstract mesh's chip.

@@ -1,8 +1,8 @@
 """Rows of one query token on TPU: their new keys and values are written, and they attend, in one pass over their pages.
 
 A grid step takes a few rows; within it, and on into the next, blocks of a row's pages stream through a ring of VMEM
-buffers, one copy a page, all heads in it. The ring knows nothing of rows: while one row is computed, the pages of rows
-further on are on their way.
+buffers, a page in one copy, of the last one a few of its tiles, all heads in each. The ring knows nothing of rows: while
+one row is computed, the pages of rows further on are on their way.
 
 Heads are taken in bundles whose query heads fill registers (8 of them): a bundle's keys [heads * keys, lanes] meet its
 queries [query heads, lanes] in one product, and scores of a query with another head's keys are masked. A product a head
@@ -37,7 +37,7 @@ from .tpu_copies import copy_pages
 from .tpu_sizes import LANES, DecodeSizes, bundle_heads, word_tokens
 from .types import AttentionMetadata
 
-WRITES = 4  # tiles on their way back to the cache
+WRITES = 4  # tiles of which new tokens are on their way to the cache
 # What the copies know, in SMEM: the next block to fetch, its buffer, and the buffer to compute on.
 NEXT_ROW, NEXT_BLOCK, NEXT_BUFFER, BUFFER = range(4)
 

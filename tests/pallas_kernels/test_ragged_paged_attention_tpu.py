@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels.ragged_paged_attention import reference, tpu, tpu_plan, tpu_sizes
-from pallas_kernels.ragged_paged_attention.tpu_sizes import DecodeSizes, PrefillSizes
+from pallas_kernels.ragged_paged_attention.tpu_sizes import DecodeSizes, PrefillSizes, copied_tile, word_tokens
 from pallas_kernels.ragged_paged_attention.types import CacheSpec
 from tests.pallas_kernels.batches import Case, dense
 from tests.pallas_kernels.test_ragged_paged_attention import CASES as SHARED
@@ -48,29 +48,37 @@ def run(case: Case, built, dtype=jnp.float32, interpret=INTERPRET, **sizes):
     return np.asarray(out, np.float32), lay_back(np.asarray(after, np.float32), case.head_dim)
 
 
-def matters(metadata, num_pages: int, page_size: int) -> np.ndarray:
+def matters(metadata, num_pages: int, page_size: int, itemsize: int) -> np.ndarray:
     """bool[pages, page_size]: what a step may not change but where it writes. The dummy page may hold anything, as may,
-    of rows that are written to, what lies behind their end."""
+    behind the end of a row, the rest of the tile that is written there, of a decode the rest of the word."""
     found = np.ones((num_pages, page_size), bool)
     found[0] = False
     tables, kv_lens = np.asarray(metadata.page_tables), np.asarray(metadata.kv_lens)
-    for table, length in zip(tables, kv_lens):
-        if length % page_size:
-            found[table[length // page_size], length % page_size :] = False
+    for row, (table, length) in enumerate(zip(tables, kv_lens)):
+        unit = word_tokens(itemsize) if row < metadata.num_decodes else copied_tile(itemsize)
+        rest = -length % unit
+        if rest:
+            found[table[length // page_size], length % page_size : length % page_size + rest] = False
     return found
+
+
+def expected_cache(case: Case, built) -> np.ndarray:
+    """In float32: the new keys and values in their places, all else as it was."""
+    _, _, _, k, v, cache, metadata, options = built
+    expected = cache.copy()
+    slots = np.asarray(metadata.write_slots)[: int(metadata.query_starts[metadata.num_rows])]
+    for side, new, scale in ((0, k, options.get("k_scale", 1.0)), (1, v, options.get("v_scale", 1.0))):
+        expected[slots // case.page_size, side, :, slots % case.page_size] = new[: len(slots)] / np.float32(scale)
+    return expected
 
 
 def check(capfd, case: Case, **options) -> None:
     built = case.build()
-    q, keys, values, k, v, cache, metadata, kwargs = built
+    q, keys, values, _, _, cache, metadata, kwargs = built
     out, after = run(case, built, **options)
     np.testing.assert_allclose(out, dense(case, q, keys, values, kwargs), atol=2e-5, rtol=2e-5)
-    expected = cache.copy()
-    slots = np.asarray(metadata.write_slots)[: int(metadata.query_starts[metadata.num_rows])]
-    for side, new, scale in ((0, k, kwargs.get("k_scale", 1.0)), (1, v, kwargs.get("v_scale", 1.0))):
-        expected[slots // case.page_size, side, :, slots % case.page_size] = new[: len(slots)] / np.float32(scale)
-    kept = matters(metadata, len(cache), case.page_size)
-    after, expected = (np.moveaxis(pages, 3, 1)[kept] for pages in (after, expected))
+    kept = matters(metadata, len(cache), case.page_size, 4)
+    after, expected = (np.moveaxis(pages, 3, 1)[kept] for pages in (after, expected_cache(case, built)))
     np.testing.assert_allclose(after, expected, rtol=1e-6)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -127,14 +135,17 @@ def test_bfloat16(capfd):
     too."""
     case = dataclasses.replace(EVERYTHING, scales=False)
     built = case.build()
-    q, keys, values, _, _, _, _, options = built
+    q, keys, values, _, _, cache, metadata, options = built
 
     def round_off(x):
         return x.astype(jnp.bfloat16).astype(np.float32)
 
     truth = dense(case, round_off(q), [round_off(x) for x in keys], [round_off(x) for x in values], options)
-    out, _ = run(case, built, jnp.bfloat16, **SMALL)
+    out, after = run(case, built, jnp.bfloat16, **SMALL)
     np.testing.assert_allclose(out, truth, atol=0.03, rtol=0.02)
+    kept = matters(metadata, len(cache), case.page_size, 2)
+    after, expected = (np.moveaxis(pages, 3, 1)[kept] for pages in (after, round_off(expected_cache(case, built))))
+    np.testing.assert_array_equal(after, expected)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -171,7 +182,7 @@ def test_caches_of_eight_bits(capfd, dtype):
     )
     out, after = kernel(q, k, v, jnp.asarray(lay_out(np.asarray(cache))), metadata, **options)
     np.testing.assert_allclose(out, truth, atol=3e-5, rtol=3e-5)
-    kept = matters(metadata, num_pages, case.page_size)
+    kept = matters(metadata, num_pages, case.page_size, 1)
     after = np.moveaxis(lay_back(np.asarray(after), case.head_dim), 3, 1)[kept].astype(np.float32)
     np.testing.assert_array_equal(after, np.moveaxis(np.asarray(written), 3, 1)[kept].astype(np.float32))
     assert "RACE DETECTED" not in capfd.readouterr().out
