@@ -1,8 +1,8 @@
 """Rows of one query token on TPU: their new keys and values are written, and they attend, in one pass over their pages.
 
 A grid step takes a few rows; within it, and on into the next, blocks of a row's pages stream through a ring of VMEM
-buffers, a page in one copy, of the last one a few of its tiles, all heads in each. The ring knows nothing of rows: while
-one row is computed, the pages of rows further on are on their way.
+buffers, a page in one copy, of the last one a few of its tiles, all heads in each. The ring knows nothing of rows:
+while one row is computed, the pages of rows further on are on their way.
 
 Heads are taken in bundles whose query heads fill registers (8 of them): a bundle's keys [heads * keys, lanes] meet its
 queries [query heads, lanes] in one product, and scores of a query with another head's keys are masked. A product a head
