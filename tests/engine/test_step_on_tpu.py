@@ -69,13 +69,14 @@ def test_decode(case):
     assert forward.vmem["ragged_paged_decode"] < VMEM[case.chip] / 5  # XLA fetches weights into the rest
 
 
-def assert_prefill(found: Measured) -> None:
-    """Bytes within a tenth of what weights, cache and activations must move; FLOPs within a tenth of the floor, but
-    that the end of the last layer goes over all slots."""
+def assert_prefill(found: Measured, rows: int = 0) -> None:
+    """Bytes within a tenth of what weights, cache and activations must move, but for the logits of `rows` rows, out and
+    in; FLOPs within a tenth of the floor, but that the end of the last layer goes over all slots."""
     assert_sound(found)
     padding = 2 * found.engine.plan.scheduler.max_num_seqs * found.engine.cost.active_weights / LAYERS
     assert found.minimum.flops < found.work.flops < 1.1 * found.minimum.flops + padding
-    assert found.minimum.bytes < found.work.bytes < 1.1 * found.minimum_with_activations.bytes
+    logits = rows * found.engine.model.config.shard_vocab * 4
+    assert found.minimum.bytes < found.work.bytes < 1.1 * found.minimum_with_activations.bytes + 2 * logits
 
 
 def step_of(case: Case) -> Step:
@@ -114,7 +115,8 @@ def test_attention_of_short_rows(case):
 @pytest.mark.parametrize("step", SHORT[:-1], ids=lambda step: step.name)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_short_prompts(case, step):
-    assert_prefill(measure(Engine(case), step))
+    """On v5p logits go to HBM and come back: of two layers' bytes a seventh, of a whole model's a hundredth or two."""
+    assert_prefill(measure(Engine(case), step), rows=len(step.lengths) if case.chip == "v5p" else 0)
 
 
 @pytest.mark.slow
