@@ -43,7 +43,8 @@ def ragged_paged_attention(
     Args:
       q: [T, num_heads, head_dim], the query tokens of all rows, one row after another, padded at the end.
       k, v: [T, num_kv_heads, head_dim], the new keys and values; num_heads is a multiple of num_kv_heads.
-      cache: one layer's pages, in the layout of `cache_shape`; donate it, it is updated in place.
+      cache: one layer's pages, in the layout of `cache_shape`; donate it, it is updated in place. Of a page that gets
+        new keys and values, what lies behind the row's end may change, too: it is to be written before it is seen.
       metadata: where each token stands. Foreign pages and the dummy page may hold anything, NaN included.
       backend: one of BACKENDS.
       scale: what query-key products are multiplied by.
