@@ -4,8 +4,8 @@ python -m pallas_kernels.all_reduce_rms_norm.stress_gpu [--widths 8192,4096] [--
 
 Each width and number of rows, with and without `peers` where there are both, over random summands with rows of large
 values between them, against the reference in float32: the worst error, and whether the rounds gave the same bits on all
-devices, with other work of these between them. Then microseconds a call in a chain, beside an all-reduce of XLA's with
-the norm of `add_rms_norm` behind it.
+devices, with other work of these between them; and microseconds a call in a chain, beside an all-reduce of XLA's with
+the norm of `add_rms_norm` behind it. Then programs of many sums in which devices are late.
 """
 
 import argparse
@@ -27,10 +27,17 @@ TENSOR = "tensor"
 CHAIN = 40  # calls in one program
 
 
+def _brought_together(x: jax.Array) -> jax.Array:
+    """`x`, by a collective of XLA's: the first run of a program with `peers` needs one, see `gpu_symmetric`."""
+    return jnp.where(jnp.isnan(jax.lax.psum(x[0, 0], TENSOR)), jnp.nan, x)
+
+
 def _shared(function, mesh, chain: int = 1):
     """function(x, update, weight) -> (x, normed) on each device, `chain` times; the norm makes the next update."""
 
     def run(x, update, weight, peers):
+        x = _brought_together(x)
+
         def step(_, carry):
             x, update = carry
             x, normed = function(x, update * jnp.bfloat16(0.5), weight, peers=peers)
@@ -97,6 +104,53 @@ def check(mesh, width: int, rows: int, rounds: int, peers: jax.Array | None) -> 
     return worst, agree
 
 
+def _delayed(update: jax.Array, device: int, loops: int) -> jax.Array:
+    """`update`, on one of the devices after so many turns of a loop of small kernels."""
+    turns = jnp.where(jax.lax.axis_index(TENSOR) == device, loops, 0)
+    waste = jax.lax.fori_loop(0, turns, lambda _, x: jnp.sin(x) + 1.0, update[:1].astype(jnp.float32))
+    return jnp.where(jnp.isnan(waste[0, 0]), jnp.nan, update)
+
+
+def check_chain(mesh, width: int, peers: jax.Array, seed: int) -> tuple[float, bool]:
+    """What `check` finds, for a program of 24 sums of random numbers of rows, each row of which has the norm before it
+    added; before some of them one of the devices is late. It runs four times without waiting in between."""
+    random, devices = np.random.default_rng(seed), mesh.size
+    sizes = [int(size) for size in random.choice([1, 2, 3, 8, 33, 100, 256, MAX_ROWS - 1, MAX_ROWS], 24)]
+    late = {int(at): (int(random.integers(devices)), int(random.integers(1, 400))) for at in random.choice(24, 6)}
+
+    def run(backend, numbers, weight, peers):
+        numbers, normed, found = _brought_together(numbers), jnp.zeros((1, width), numbers.dtype), []
+        for at, rows in enumerate(sizes):
+            update = numbers[at : at + rows] + normed[:1]
+            if at in late:
+                update = _delayed(update, *late[at])
+            own = -(-rows // devices)
+            x = jnp.zeros((own, width), update.dtype)
+            _, normed = all_reduce_rms_norm(
+                x, update, weight, axis=TENSOR, eps=1e-5, backend=backend, peers=None if at == 0 else peers
+            )
+            found.append(normed)
+        return jnp.concatenate(found)
+
+    def program(backend):
+        specs = (P(TENSOR), P(), P(TENSOR))
+        return jax.jit(
+            jax.shard_map(
+                functools.partial(run, backend), mesh=mesh, in_specs=specs, out_specs=P(TENSOR), check_vma=False
+            )
+        )
+
+    numbers = jax.random.normal(jax.random.key(seed), (devices * (MAX_ROWS + 24), width), jnp.bfloat16)
+    numbers = jax.device_put(numbers, NamedSharding(mesh, P(TENSOR)))
+    weight = jax.device_put(jnp.linspace(0.5, 1.5, width).astype(jnp.bfloat16), NamedSharding(mesh, P()))
+    kernel = program("gpu")
+    runs = [kernel(numbers, weight, peers) for _ in range(4)]
+    found = [np.asarray(each, np.float32).reshape(devices, sum(sizes), width) for each in runs]
+    expected = np.asarray(program("reference")(numbers, weight, peers), np.float32)[: sum(sizes)]
+    error = np.abs(found[0][0] - expected).max(axis=1) / np.abs(expected).max(axis=1)
+    return float(error.max()), all(bool((each == found[0][:1]).all()) for each in found)
+
+
 def check_and_time(
     widths: Sequence[int] = (8192, 4096), all_rows: Sequence[int] = (1, 2, 33, 256, 4096), rounds: int = 20
 ) -> int:
@@ -126,6 +180,11 @@ def check_and_time(
             spent = f"{times[0]:.1f} us, all-reduce and norm {times[1]:.1f}"
             how = "by address" if peers is not None else "by reference"
             print(f"[{rows}, {width}] over {mesh.size}, {how}: {found}; {spent}", flush=True)
+        for seed in range(rounds):
+            error, agree = check_chain(mesh, width, addresses, seed)
+            wrong += not (agree and error < 5e-2)
+            found = f"worst relative error {error:.1e}, {'the same bits' if agree else 'DIFFERENT BITS'}"
+            print(f"24 sums of width {width}, seed {seed}: {found}", flush=True)
         del memory
     return wrong
 

@@ -46,8 +46,8 @@ def test_forward(key, shards):
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "shards"), [(Forward(2, True), 8), (Forward(256), 2), (Forward(2048), 2)])
 def test_forward_whose_shards_deal_out_the_stream(key, shards):
-    """One kernel for a sum and the norm behind it, in the place of both; those of chosen rows stay apart. Of few rows only
-    the first one exchanges addresses, so that XLA brings the devices together."""
+    """One kernel for a sum and the norm behind it, in the place of both; those of chosen rows stay apart. Of few rows
+    only the first one exchanges addresses, so that XLA brings the devices together."""
     text = Exporting(*step_arguments(shards, TENSOR), "cuda")(key).exported.mlir_module()
     assert text.count("uses_xla_collective_metadata = true") == 1
     # decode, merge, three sums with norms; whole batches also write, prefill and the gated projection
