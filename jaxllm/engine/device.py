@@ -30,7 +30,8 @@ from jaxllm.engine.executables import (
     WriteMasks,
 )
 from jaxllm.engine.step import SlotState, StepBuffers
-from sharding import place, replicated, sharded_by_rank, spans_processes
+from pallas_kernels.all_reduce_rms_norm import open_memory
+from sharding import TENSOR, place, replicated, sharded_by_rank, spans_processes
 
 WideLogprobs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -53,7 +54,7 @@ class Device:
 
     def __init__(self, mesh: Mesh, leaves: list[jax.Array], executables: Executables, lowering: Lowering):
         self.leaves, self.executables, self._lowering = leaves, executables, lowering
-        self._by_rank, self._everywhere = sharded_by_rank(mesh), replicated(mesh)
+        self._mesh, self._by_rank, self._everywhere = mesh, sharded_by_rank(mesh), replicated(mesh)
         self._is_shared = spans_processes(mesh)
         self._has_graphs = mesh.devices.flat[0].platform == "gpu"
         self._reserved: dict[int, list[jax.Array]] = {}  # by size, see `addresses`
@@ -71,6 +72,9 @@ class Device:
         self._packed = _zeros(self._lowering.packed())
         self._staged: np.ndarray | None = None  # what `_packed` holds
         self._buffers: StepBuffers = jax.tree.map(_zeros, self._lowering.buffers())
+        self._peers: jax.Array | None = None
+        if self._lowering.peers() is not None:
+            self._memory, self._peers = open_memory(self._mesh, TENSOR, self._lowering.hidden_size)
         self._all_hidden: jax.Array | None = None
         self._tables: dict[str, jax.Array] | None = None
         self._masks: jax.Array | None = None
@@ -96,7 +100,7 @@ class Device:
         run = self.executables.get(key)
         self._all_hidden = None  # before the next ones are allocated
         self.caches, self._state, self._buffers, self._history, self._all_hidden = run(
-            self.leaves, self.caches, self._state, self._buffers, self._history, self._packed
+            self.leaves, self.caches, self._state, self._buffers, self._history, self._packed, self._peers
         )
 
     def _stage(self, packed: np.ndarray) -> None:

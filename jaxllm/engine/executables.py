@@ -215,12 +215,20 @@ class Lowering:
     def forward_arguments(self) -> tuple[Any, ...]:
         """What `step.forward` takes after its static arguments, abstract."""
         history = self.tables()["history"]
-        return self.leaves, self.caches(), self.state(), self.buffers(), history, self.packed()
+        return self.leaves, self.caches(), self.state(), self.buffers(), history, self.packed(), self.peers()
+
+    def peers(self) -> jax.ShapeDtypeStruct | None:
+        """Where the shards' memory lies that sums go through; None where there are no such sums."""
+        shards = self.shape.tensor_shards
+        if self.shape.stream_axis is None or self.plan.backend != "gpu":
+            return None
+        deals_out = self.shape.model(self.leaves).deals_out_stream(self.plan.dtype, shards, self.plan.backend)
+        return self.per_device((shards + 1, 2), jnp.int32) if deals_out else None
 
     def _forward(self, key: Forward):
         run = self._sharded(
             functools.partial(forward, self.shape, key.num_tokens, key.decodes_only, key.all_hidden),
-            (self._leaf_specs, PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA)),
+            (self._leaf_specs, PER_DEVICE, P(DATA), P(DATA), P(DATA), P(DATA), PER_DEVICE),
             FORWARD_RETURNS,
             donate=FORWARD_DONATES,
             keep_unused=True,

@@ -15,6 +15,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.core import memory
 from jaxllm.core.kv_cache import CacheGroup
 from jaxllm.core.scheduler import SchedulerConfig
+from jaxllm.engine.gpu_memory import check_got_memory
 from jaxllm.errors import ConfigError, OutOfMemoryError
 from jaxllm.models.decoder import CausalLM, LayerCache
 from pallas_kernels.ragged_paged_attention import CacheSpec, cache_shape, tpu_sizes
@@ -270,6 +271,7 @@ def _check_host_memory(config: EngineConfig, plan: EnginePlan, vocab_size: int) 
 
 def _memory_left(config: EngineConfig, model, weight_bytes: int, budget: int, max_num_seqs: int, dtype) -> int:
     """An accelerator's memory less weights, the largest step's temporaries and the slots' tables."""
+    check_got_memory(jax.local_devices()[: config.num_devices])
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     if not limit:

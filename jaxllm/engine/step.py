@@ -155,6 +155,7 @@ def forward(
     buffers: StepBuffers,
     history: jax.Array,
     packed: jax.Array,
+    peers: jax.Array | None = None,
 ):
     """Computes a batch's tokens into the caches.
 
@@ -169,6 +170,7 @@ def forward(
       history: int32[S, L], tokens by slot and position, for those that the host does not know (donated, so that a TPU
         does not fetch all of it into VMEM for the few that are read; comes back as it was).
       packed: int32[size], see `StepLayout`.
+      peers: see `StepMetadata`.
 
     Returns:
       (caches, state, buffers, history, [num_tokens, embed] or None without `all_hidden`).
@@ -194,7 +196,7 @@ def forward(
     model = shape.model(leaves)
     ends_at = jnp.maximum(attention[0].query_starts[1:] - 1, 0)  # each row's last token
     wanted = None if decodes_only or all_hidden or num_rows == num_tokens else ends_at
-    metadata = StepMetadata(attention, LinearMetadata(), wanted, shape.backend, shape.stream_axis)
+    metadata = StepMetadata(attention, LinearMetadata(), wanted, shape.backend, shape.stream_axis, peers)
     hidden, caches = model(token_ids, caches, metadata)
 
     last = hidden if decodes_only or wanted is not None else hidden[ends_at]

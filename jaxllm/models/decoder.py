@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxllm.models.config import DecoderConfig
 from jaxllm.models.layers import (
@@ -122,6 +123,10 @@ class CausalLM(nnx.Module):
             )
         )
 
+    def deals_out_stream(self, dtype: DTypeLike, shards: int, backend: str) -> bool:
+        """Whether its residual stream's rows can be dealt out among so many shards."""
+        return self.layer_type.deals_out_stream and can_deal_out_stream(self.config.hidden_size, dtype, shards, backend)
+
     def layer_caches(self) -> tuple[LayerCache, ...]:
         """What each layer keeps; group numbers count from 0, full attention first."""
         attentions = [layer.self_attn for layer in self.model.layers]
@@ -131,8 +136,9 @@ class CausalLM(nnx.Module):
         """int32[T] token ids to the normalized hidden rows [T, embed], or [R, embed] of `metadata.output_rows`, and the
         caches with the new tokens in them."""
         rows = metadata.output_rows
-        axis = metadata.stream_axis if self.layer_type.deals_out_stream else None
-        if not can_deal_out_stream(self.config.hidden_size, self.model.norm.weight[...].dtype, axis, metadata.backend):
+        axis = metadata.stream_axis
+        dtype = self.model.norm.weight[...].dtype
+        if axis is not None and not self.deals_out_stream(dtype, num_shards(axis), metadata.backend):
             axis = None
         metadata = dataclasses.replace(metadata, output_rows=None, stream_axis=axis)
         embed = self.model.embed_tokens
@@ -144,9 +150,11 @@ class CausalLM(nnx.Module):
         local = rope if config.local_rope == config.rope else config.local_rope.tables(metadata.positions)
         own = -(-len(token_ids) // num_shards(axis))
         stream, updated = jnp.zeros((own, hidden.shape[1]), hidden.dtype), []
+        peers, metadata = metadata.peers, dataclasses.replace(metadata, peers=None)  # the first sum exchanges addresses
         for layer, cache in zip(self.model.layers, caches, strict=True):
             tables = rope if layer.self_attn.window is None else local
             stream, attended, cache = _attend(layer, stream, hidden, tables, cache, metadata)
+            metadata = dataclasses.replace(metadata, peers=peers)
             updated.append(cache)
             if rows is not None and len(updated) == len(caches):
                 stream, attended = stream_rows(stream, rows, metadata), attended[rows]

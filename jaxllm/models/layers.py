@@ -31,7 +31,7 @@ from pallas_kernels import gated_matmul as gating
 from pallas_kernels import qk_norm_rope as qk
 from pallas_kernels import qkv_projection as qkv_kernel
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
-from sharding import RULES, TENSOR, num_shards, shard_start, sum_over
+from sharding import RULES, TENSOR, shard_start, sum_over
 
 RopeTables = tuple[jax.Array, jax.Array]
 
@@ -131,9 +131,9 @@ def _own_rows(table: jax.Array, ids: jax.Array, axis: str | None) -> jax.Array:
     return jnp.where(mine[:, None], table[jnp.where(mine, rows, 0)], 0)
 
 
-def can_deal_out_stream(width: int, dtype: DTypeLike, axis: str | None, backend: str) -> bool:
-    """Whether `RMSNorm.add` can sum over the shards of `axis` into a stream of which each has some rows."""
-    return axis is not None and sums.has_kernel(width, dtype, num_shards(axis), _sums_backend(backend))
+def can_deal_out_stream(width: int, dtype: DTypeLike, shards: int, backend: str) -> bool:
+    """Whether `RMSNorm.add` can sum over so many shards into a stream of which each has some rows."""
+    return sums.has_kernel(width, dtype, shards, _sums_backend(backend))
 
 
 def _sums_backend(backend: str) -> str:
@@ -174,6 +174,7 @@ class RMSNorm(nnx.Module):
                 axis=metadata.stream_axis,
                 eps=self.eps,
                 unit_offset=self.unit_offset,
+                peers=metadata.peers,
                 backend=_sums_backend(metadata.backend),
             )
         backend = metadata.backend if norms.has_kernel(x.shape[1], x.dtype, metadata.backend) else "reference"

@@ -36,6 +36,8 @@ class StepMetadata:
       backend: the attention backend, one of pallas_kernels.ragged_paged_attention.BACKENDS (static).
       stream_axis: the mesh axis over whose shards the residual stream's rows are dealt out, None: each has all of them
         (static). A model is given the axis over which they may be.
+      peers: int32[n + 1, 2], where the n shards' memory lies for sums into such a stream, see
+        `pallas_kernels.all_reduce_rms_norm.open_memory`; None: they need none, or there is none.
     """
 
     attention: tuple[AttentionMetadata, ...]
@@ -43,6 +45,7 @@ class StepMetadata:
     output_rows: jax.Array | None = None
     backend: str = dataclasses.field(default="reference", metadata=dict(static=True))
     stream_axis: str | None = dataclasses.field(default=None, metadata=dict(static=True))
+    peers: jax.Array | None = None
 
     @property
     def positions(self) -> jax.Array:

@@ -1,0 +1,38 @@
+"""Whether JAX has got the share of a GPU's memory that it asked for."""
+
+import os
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from jaxllm.engine.platform import DEFAULT_FRACTION, FRACTION, OLD_FRACTION
+from jaxllm.errors import OutOfMemoryError
+
+_PREALLOCATE, _ALLOCATOR = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"
+
+
+def check_got_memory(devices: Iterable[jax.Device]) -> None:
+    """Raises OutOfMemoryError if another process holds what JAX would have of one of these GPUs.
+
+    XLA's allocator takes its share at the first allocation. Where it cannot, it takes what it gets, in pieces, and says
+    so in its log alone; the plan of the cache, made of the share, would run out of memory later. Nothing is known, and
+    nothing said, where the user has set an allocator or has it take memory as it goes.
+    """
+    grows = os.environ.get(_PREALLOCATE, "") in ("false", "False", "0")  # as jaxlib reads it
+    if grows or os.environ.get(_ALLOCATOR, "default").lower() not in ("default", "bfc"):
+        return
+    for device in devices:
+        if device.platform != "gpu" or "pool_bytes" not in (device.memory_stats() or {}):
+            continue
+        jax.block_until_ready(jax.device_put(np.zeros(1, np.int32), device))
+        stats = device.memory_stats()
+        asked, got = stats["bytes_limit"], stats["pool_bytes"]
+        if got < 0.99 * asked:
+            share = float(os.environ.get(FRACTION) or os.environ.get(OLD_FRACTION) or DEFAULT_FRACTION)
+            less = int(100 * share * got / asked) / 100
+            raise OutOfMemoryError(
+                f"JAX asked for {asked / 1e9:.1f} GB of {device.device_kind} {device.local_hardware_id} and got "
+                f"{got / 1e9:.1f} GB: another process holds some (nvidia-smi shows which). End that one, or leave "
+                f"it what it has by setting {FRACTION}={less:.2f}"
+            )
