@@ -54,7 +54,7 @@ class EngineConfig:
     tensor_parallel_size: int = _option(1, "devices that share each layer's heads and MLP, and the vocabulary")
     data_parallel_size: int = _option(1, "ranks that each hold the weights, a cache and a batch of their own")
     disable_custom_all_reduce: bool = _option(
-        False, "leave sums over tensor-parallel GPUs to NCCL; for GPUs that cannot reach each other's memory"
+        False, "leave sums over tensor-parallel GPUs to NCCL, as is done where these cannot reach each other's memory"
     )
     seed: int = _option(0, "seeds the requests that bring none")
     attention_backend: Literal["reference", "xla", "gpu", "tpu"] | None = _option(None, "None: the best for the device")

@@ -21,6 +21,7 @@ from jaxllm.engine.core import EngineCore
 from jaxllm.engine.device import Device
 from jaxllm.engine.executable_store import ExecutableStore, fingerprint
 from jaxllm.engine.executables import Forward, Sample, Stage, row_rungs, smallest_decode
+from jaxllm.engine.gpu_memory import out_of_reach
 from jaxllm.engine.group import Follower, Group, Leader, join
 from jaxllm.engine.lowering_process import SharedLowering
 from jaxllm.engine.resolve import EnginePlan, plan_engine, resolve_dtype
@@ -116,9 +117,15 @@ def _mesh(config: EngineConfig, model: DecoderConfig, group: Group | None) -> Me
 
 def stream_axis(mesh: Mesh, backend: str, config: EngineConfig) -> str | None:
     """The axis over whose shards the residual stream may be dealt out: kernels sum over the GPUs of one process, which
-    reach each other's memory. Only meshes that are all one axis have been run."""
+    reach each other's memory; the log says where they do not. Only meshes that are all one axis have been run."""
     kernels = backend == "gpu" and not config.disable_custom_all_reduce
-    return TENSOR if kernels and 1 < mesh.shape[TENSOR] == mesh.size and not spans_processes(mesh) else None
+    if not kernels or not 1 < mesh.shape[TENSOR] == mesh.size or spans_processes(mesh):
+        return None
+    apart = out_of_reach(list(mesh.devices.flat))
+    if apart is not None:
+        logger.warning("GPUs %d and %d cannot reach each other's memory: NCCL sums over tensor-parallel shards", *apart)
+        return None
+    return TENSOR
 
 
 def build_core(

@@ -1,7 +1,10 @@
-"""Whether JAX has got the share of a GPU's memory that it asked for."""
+"""What an engine must know of GPUs' memory at its start: whether JAX has got its share, and whether they reach each
+other's."""
 
+import ctypes
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -36,3 +39,22 @@ def check_got_memory(devices: Iterable[jax.Device]) -> None:
                 f"{got / 1e9:.1f} GB: another process holds some (nvidia-smi shows which). End that one, or leave "
                 f"it what it has by setting {FRACTION}={less:.2f}"
             )
+
+
+def out_of_reach(devices: Sequence[jax.Device]) -> tuple[int, int] | None:
+    """The first two GPUs of this process, by CUDA's numbers, of which one cannot read and write the other's memory, as
+    CUDA's driver has it (cuDeviceCanAccessPeer). None: there are none such, or there is no driver to ask."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    for one, other in itertools.permutations([device.local_hardware_id for device in devices], 2):
+        here, there, reaches = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        failed = (
+            driver.cuDeviceGet(ctypes.byref(here), one)
+            or driver.cuDeviceGet(ctypes.byref(there), other)
+            or driver.cuDeviceCanAccessPeer(ctypes.byref(reaches), here, there)
+        )
+        if not failed and not reaches.value:
+            return one, other
+    return None

@@ -1,13 +1,17 @@
-"""GPUs of which another process holds memory, pretended."""
+"""GPUs of which another process holds memory, and such that do not reach each other's, pretended."""
 
+import ctypes
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from jaxllm.engine.gpu_memory import check_got_memory
+from jaxllm.config import EngineConfig
+from jaxllm.engine import build
+from jaxllm.engine.gpu_memory import check_got_memory, out_of_reach
 from jaxllm.errors import OutOfMemoryError
+from sharding import DATA, EXPERT, TENSOR
 
 LIMIT = 135_100_628_992
 
@@ -60,3 +64,60 @@ def test_other_devices_have_no_such_pool(gpu):
     tpu = gpu(0)
     tpu.platform = "tpu"
     check_got_memory([silent, tpu, jax.local_devices()[0]])
+
+
+class Driver:
+    """CUDA's, of a machine with GPUs 0 to 3, of which some do not reach others."""
+
+    def __init__(self, apart: set[tuple[int, int]]):
+        self._apart = apart
+
+    def cuDeviceGet(self, device, ordinal: int) -> int:
+        device._obj.value = 10 + ordinal  # a handle is no ordinal
+        return 0 if ordinal < 4 else 101
+
+    def cuDeviceCanAccessPeer(self, reaches, device, peer) -> int:
+        reaches._obj.value = (device.value - 10, peer.value - 10) not in self._apart
+        return 0
+
+
+@pytest.fixture
+def tensor_axis(monkeypatch):
+    """The axis over which a process with such GPUs sums by kernels."""
+
+    def make(driver: Driver | None, ordinals: list[int]) -> str | None:
+        def load(name):
+            assert name == "libcuda.so.1"
+            if driver is None:
+                raise OSError(name)
+            return driver
+
+        monkeypatch.setattr(ctypes, "CDLL", load)
+        devices = np.array([SimpleNamespace(process_index=0, local_hardware_id=ordinal) for ordinal in ordinals])
+        sizes = {DATA: 1, EXPERT: 1, TENSOR: len(ordinals)}
+        mesh = SimpleNamespace(shape=sizes, size=len(ordinals), devices=devices)
+        return build.stream_axis(mesh, "gpu", EngineConfig())
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("driver", "ordinals"),
+    [
+        (Driver(set()), [0, 1, 2, 3]),
+        (Driver({(0, 1), (1, 3)}), [3, 2, 0]),
+        (Driver({(0, 5)}), [0, 5]),  # of the fifth the driver knows nothing
+        (None, [0, 1]),
+    ],
+)
+def test_where_nothing_is_out_of_reach_kernels_sum(tensor_axis, driver, ordinals):
+    assert tensor_axis(driver, ordinals) == TENSOR
+
+
+def test_gpus_out_of_reach_leave_sums_to_nccl_and_the_log_says_so(tensor_axis, caplog):
+    assert tensor_axis(Driver({(1, 3)}), [0, 1, 2, 3]) is None
+    assert "GPUs 1 and 3 cannot reach each other's memory: NCCL sums" in caplog.text
+
+
+def test_one_gpu_reaches_itself():
+    assert out_of_reach([SimpleNamespace(local_hardware_id=0)]) is None

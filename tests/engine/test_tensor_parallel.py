@@ -312,7 +312,9 @@ def test_no_collectives_but_those_that_are_named(name, quick):
 )
 def test_where_the_stream_may_be_dealt_out(axis, sizes, processes, backend, options):
     """Over the GPUs of one process, if nobody forbids it."""
-    devices = np.array([SimpleNamespace(process_index=i % processes) for i in range(math.prod(sizes))])
+    devices = np.array(
+        [SimpleNamespace(process_index=i % processes, local_hardware_id=i) for i in range(math.prod(sizes))]
+    )
     mesh: Any = SimpleNamespace(
         shape=dict(zip((DATA, EXPERT, TENSOR), sizes, strict=True)), size=devices.size, devices=devices
     )
