@@ -116,7 +116,13 @@ class InstantExecutables:
 
     def get(self, key: Any) -> Any:
         if isinstance(key, Forward):
-            return lambda leaves, caches, state, buffers, history, packed: (caches, state, buffers, history, None)
+            return lambda leaves, caches, state, buffers, history, packed, peers: (
+                caches,
+                state,
+                buffers,
+                history,
+                None,
+            )
         if isinstance(key, Stage):
             return lambda old, packed: jax.device_put(packed)
         if isinstance(key, Sample):
