@@ -20,9 +20,10 @@ from jaxllm.engine.sampling import GREEDY
 from jaxllm.engine.step import StepShape
 from jaxllm.models.registry import model_class
 from jaxllm.plan import hlo, hlo_cost
-from jaxllm.plan.activations import least_prefill
+from jaxllm.plan.activations import Activations, least_prefill
 from jaxllm.plan.chips import chip as chip_named
 from jaxllm.plan.fit import Fit, Model, clock, fit, read_model
+from pallas_kernels.argmax_projection import tpu as argmax_projection
 from pallas_kernels.gated_matmul import tpu as gated_matmul
 from pallas_kernels.qk_norm_rope import Heads
 from pallas_kernels.qkv_projection import tpu as qkv_projection
@@ -167,17 +168,26 @@ class Engine:
             # Counted even where all of them are in VMEM, as the cache never is.
             leading = sum(length == 1 for length in step.lengths)
             found["ragged_paged_decode"] += tpu_traffic.Traffic(tpu_traffic.decode_operands(problem, leading))
-            described = Heads(heads, layer.num_kv_heads, layer.head_dim)
-            fused = qkv_projection.gains(self.case.chip) and qkv_projection.traffic(
-                step.num_tokens, hidden, described, 2, self.case.chip
-            )
-            if fused:
-                found[f"qkv_projection_{step.num_tokens}"] = fused
-            found["qk_norm_rope"] = tpu_traffic.Traffic(0, 0, 0)  # pages through nothing, multiplies nothing
-        for rows in () if step.decodes_only else (step.num_tokens, self.plan.scheduler.max_num_seqs):
+        elif tpu_sizes.chips()[self.case.chip].keeps_results:
+            return found  # XLA multiplies
+        described = Heads(heads, layer.num_kv_heads, layer.head_dim)
+        fused = qkv_projection.gains(self.case.chip) and qkv_projection.traffic(
+            step.num_tokens, hidden, described, 2, self.case.chip
+        )
+        if fused:
+            found[f"qkv_projection_{step.num_tokens}"] = fused
+        found["qk_norm_rope"] = tpu_traffic.Traffic(0, 0, 0)  # pages through nothing, multiplies nothing
+        for rows in (step.num_tokens, self.plan.scheduler.max_num_seqs):
             if gated := gated_matmul.traffic(rows, hidden, columns, 2, self.case.chip):
                 found[f"gated_matmul_{rows}"] = gated
         return found
+
+    def sampler_traffic(self, rows: int) -> dict[str, tpu_traffic.Traffic]:
+        """Likewise of the sampler."""
+        cost = self.cost
+        hidden = self.model.config.hidden_size
+        found = argmax_projection.traffic(rows, hidden, cost.head_weights // hidden, self.case.chip)
+        return {} if found is None else {f"argmax_projection_{rows}": found}
 
     def is_streamed(self, kernel: str, dims: tuple[int, ...]) -> bool:
         """Whether `traffic` says what this kernel moves of arrays of this shape, but for the cache."""
@@ -197,9 +207,11 @@ class Engine:
         return self.cost.prefill(step.spans, len(step.lengths))
 
     def minimum_with_activations(self, step: Step) -> Work:
-        """`minimum` with what a prefill's activations need besides."""
+        """`minimum` with what activations need besides."""
         if step.decodes_only:
-            return self.minimum(step)
+            shards, chip = self.case.tensor, self.chip
+            arrays = Activations.of(self.described.config, step.num_tokens, self.cost.itemsize, shards)
+            return self.minimum(step) + Work(arrays.least_bytes(chip.on_chip))
         return least_prefill(
             self.cost,
             self.described.config,
@@ -279,7 +291,7 @@ class Measured:
 
     @property
     def minimum_with_activations(self) -> Work:
-        """`minimum`, which is weights, keys and values, and what a prefill's activations must move besides."""
+        """`minimum`, which is weights, keys and values, and what activations must move besides."""
         return self.engine.minimum_with_activations(self.step)
 
     @property
@@ -311,7 +323,7 @@ def measure(engine: Engine, step: Step) -> Measured:
         engine,
         step,
         _program(engine, Forward(step.num_tokens, step.decodes_only), forward, engine.traffic(step)),
-        _program(engine, Sample(rows, GREEDY), logits, {}),
+        _program(engine, Sample(rows, GREEDY), logits, engine.sampler_traffic(rows)),
     )
 
 

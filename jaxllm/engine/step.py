@@ -15,12 +15,14 @@ from jax import lax
 
 from jaxllm.engine.layout import LENGTH, ROW, SAMPLES, SLOT, START, StepLayout, Unpacked
 from jaxllm.engine.sampling import (
+    GREEDY,
     Sampled,
     SamplerVariant,
     SlotTables,
     apply_grammar_mask,
     logprobs_of,
     sample,
+    sample_likeliest,
     unpack,
 )
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
@@ -88,10 +90,17 @@ class StepShape:
 
     def logits(self, head: Sequence[Any], hidden: jax.Array) -> jax.Array:
         """float32[R, V] of hidden rows [R, embed], with the parameters that `head` names."""
+        return self._with_head(head).logits(hidden, LinearMetadata())
+
+    def likeliest(self, head: Sequence[Any], hidden: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """float32[R], int32[R]: the largest logit of hidden rows and its id, see `CausalLM.likeliest`."""
+        return self._with_head(head).likeliest(hidden, self.backend)
+
+    def _with_head(self, head: Sequence[Any]):
         leaves = [None] * self.treedef.num_leaves
         for at, leaf in zip(self.head, head, strict=True):
             leaves[at] = leaf
-        return self.model(leaves).logits(hidden, LinearMetadata())
+        return self.model(leaves)
 
 
 def apply_page_updates(page_tables: tuple[jax.Array, ...], updates: jax.Array) -> tuple[jax.Array, ...]:
@@ -236,14 +245,18 @@ def sample_rows(
     rows = rows[:num_rows]
     slots = rows[:, SLOT]
     params = unpack(rows[:, 4:])
-    logits = shape.logits(head, hidden[:num_rows])
-    slot_tables = None if tables is None else SlotTables(history, *tables)
-    in_range = jnp.minimum(slots, shape.layout.num_slots - 1)
     axis = shape.vocab_axis
-    start = shard_start(logits.shape[1], axis)
-    if masks is not None:
-        logits = apply_grammar_mask(logits, params, masks, in_range, start)
-    out = sample(logits, params, slot_tables, in_range, variant, shape.vocab_size, start, axis)
+    likeliest = shape.likeliest(head, hidden[:num_rows]) if variant == GREEDY else None
+    if likeliest is not None:
+        out = sample_likeliest(*likeliest, axis)
+    else:
+        logits = shape.logits(head, hidden[:num_rows])
+        slot_tables = None if tables is None else SlotTables(history, *tables)
+        in_range = jnp.minimum(slots, shape.layout.num_slots - 1)
+        start = shard_start(logits.shape[1], axis)
+        if masks is not None:
+            logits = apply_grammar_mask(logits, params, masks, in_range, start)
+        out = sample(logits, params, slot_tables, in_range, variant, shape.vocab_size, start, axis)
     writes = jnp.where(rows[:, SAMPLES] > 0, slots, shape.layout.num_slots)
     history = history.at[writes, params.position].set(out.tokens[:, 0], mode="drop")
     output = pack_output(out)

@@ -23,7 +23,8 @@ from jaxllm.models.layers import (
     summand,
 )
 from jaxllm.models.metadata import LinearMetadata, StepMetadata
-from sharding import num_shards
+from pallas_kernels import argmax_projection as argmax
+from sharding import num_shards, shard_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,3 +177,20 @@ class CausalLM(nnx.Module):
             logits = linear(hidden, self.lm_head, metadata, jnp.float32)
         cap = self.config.final_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def likeliest(self, hidden: jax.Array, backend: str) -> tuple[jax.Array, jax.Array] | None:
+        """The largest logit of each row in the shard's part of the vocabulary and the lowest id that has it, as
+        `argmax_projection` returns them, of [R, embed] normalized hidden rows. None: no kernel finds them without
+        writing logits."""
+        by_columns = self.lm_head is None
+        weight = self.model.embed_tokens.weight[...] if self.lm_head is None else self.lm_head.kernel[...]
+        has_bias = self.lm_head is not None and self.lm_head.bias is not None
+        if has_bias or not argmax.has_kernel(hidden, weight, backend, by_columns=by_columns):
+            return None
+        width = weight.shape[0 if by_columns else 1]
+        start = shard_start(width, self.model.embed_tokens.axis)
+        num_valid = jnp.clip(self.config.vocab_size - start, 0, width)
+        largest, columns = argmax.argmax_projection(
+            hidden, weight, num_valid, by_columns=by_columns, cap=self.config.final_cap, backend=backend
+        )
+        return largest, columns + start

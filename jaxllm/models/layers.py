@@ -107,10 +107,9 @@ def summand(x: jax.Array, weight: Linear, metadata: StepMetadata) -> jax.Array:
 
 def gated(x: jax.Array, weight: Linear, activation: str, metadata: StepMetadata) -> jax.Array:
     """act(gate(x)) * up(x) of a fused projection [in, 2 out]: [T, in] to [T, out]; one kernel where there is one."""
-    # On TPU both products of a decode stay in VMEM, and XLA fetches the weight there while attention runs.
-    is_xla_better = weight.bias is not None or (metadata.backend == "tpu" and metadata.attention[0].decodes_only)
-    if not is_xla_better and gating.has_kernel(x, weight.kernel[...], activation, metadata.backend):
-        return gating.gated_matmul(x, weight.kernel[...], activation=activation, backend=metadata.backend)
+    kernel, backend, of_decodes = weight.kernel[...], metadata.backend, metadata.attention[0].decodes_only
+    if weight.bias is None and gating.has_kernel(x, kernel, activation, backend, of_decodes=of_decodes):
+        return gating.gated_matmul(x, kernel, activation=activation, backend=backend)
     gate, up = split(linear(x, weight, metadata.linear), weight)
     return gating.ACTIVATIONS[activation](gate) * up
 
@@ -265,10 +264,11 @@ class Attention(nnx.Module):
     def _projected(self, x: jax.Array, rope: RopeTables, metadata: StepMetadata) -> tuple[jax.Array, ...]:
         """Queries, keys and values, each [T, heads, head_dim], of hidden rows."""
         weight, of_decodes = self.qkv_proj.kernel[...], metadata.attention[self.group].decodes_only
-        in_one = metadata.backend == "tpu" and not of_decodes and self.qkv_proj.bias is None
-        if in_one and qkv_kernel.has_kernel(x, weight, rope, self._heads, metadata.backend):
-            return qkv_kernel.qkv_projection(x, weight, rope, self._norm_weights, self._heads, backend=metadata.backend)
-        return self._rotated(linear(x, self.qkv_proj, metadata.linear), rope, metadata.backend, of_decodes)
+        backend, heads = metadata.backend, self._heads
+        in_one = backend == "tpu" and self.qkv_proj.bias is None
+        if in_one and qkv_kernel.has_kernel(x, weight, rope, heads, backend, of_decodes=of_decodes):
+            return qkv_kernel.qkv_projection(x, weight, rope, self._norm_weights, heads, backend=backend)
+        return self._rotated(linear(x, self.qkv_proj, metadata.linear), rope, backend, of_decodes)
 
     @property
     def _norm_weights(self) -> tuple[jax.Array, jax.Array] | None:
@@ -281,10 +281,10 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, ...]:
         """Queries, keys and values, each [T, heads, head_dim], from [T, out] of the projection."""
         heads = self._heads
-        left_to_xla = backend == "tpu" and of_decodes  # so few rows XLA keeps in VMEM by itself
         weights = self._norm_weights
-        of_gpu_or_tpu = backend in ("gpu", "tpu") and not left_to_xla
-        if of_gpu_or_tpu and qk.has_kernel(qkv, rope, heads, backend, is_normed=weights is not None):
+        if backend in ("gpu", "tpu") and qk.has_kernel(
+            qkv, rope, heads, backend, is_normed=weights is not None, of_decodes=of_decodes
+        ):
             return qk.qk_norm_rope(qkv, rope, weights, heads, backend=backend)
         if backend == "gpu" and 2 * rope[0].shape[1] == self.head_dim:
             joined = self._normed(qkv.reshape(qkv.shape[0], -1, self.head_dim))

@@ -7,8 +7,9 @@ import jax
 BACKENDS = ("reference", "gpu", "tpu")
 
 
-def has_kernel(x: jax.Array, weight: jax.Array, activation: str, backend: str) -> bool:
-    """Whether `backend` has a kernel for these shapes that is worth it; "reference" takes all."""
+def has_kernel(x: jax.Array, weight: jax.Array, activation: str, backend: str, *, of_decodes: bool = False) -> bool:
+    """Whether `backend` has a kernel for these shapes that is worth it; "reference" takes all. of_decodes: x has a row
+    for each of a step's requests."""
     if backend == "gpu":
         from . import gpu  # Pallas takes time to import
 
@@ -16,7 +17,7 @@ def has_kernel(x: jax.Array, weight: jax.Array, activation: str, backend: str) -
     if backend == "tpu":
         from . import tpu
 
-        return tpu.supports(x, weight, activation)
+        return not (of_decodes and tpu.keeps_decodes()) and tpu.supports(x, weight, activation)
     return backend == "reference"
 
 

@@ -69,6 +69,12 @@ def _body(x, gate, up, out, *, sizes: Sizes, activation: str):
         out[rows, :] = (ACTIVATIONS[activation](gated) * raised).astype(out.dtype)
 
 
+def keeps_decodes(chip: str | None = None) -> bool:
+    """Whether both products of a decode stay on the chip, so that XLA is better: it fetches the weight while attention
+    runs."""
+    return chip_of(chip).keeps_results
+
+
 def supports(x: jax.Array, weight: jax.Array, activation: str, chip: str | None = None) -> bool:
     """Whether whole tiles make up these shapes, and VMEM has room for them; few rows are better served by XLA."""
     return (

@@ -10,10 +10,16 @@ BACKENDS = ("reference", "gpu", "tpu")
 
 
 def has_kernel(
-    qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads, backend: str, *, is_normed: bool
+    qkv: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    heads: Heads,
+    backend: str,
+    *,
+    is_normed: bool,
+    of_decodes: bool = False,
 ) -> bool:
     """Whether `backend` has a kernel that gains something for these shapes, with norms or without; "reference" takes
-    all."""
+    all. of_decodes: qkv has a row for each of a step's requests."""
     if backend == "gpu":
         from . import gpu  # Pallas takes time to import
 
@@ -21,7 +27,7 @@ def has_kernel(
     if backend == "tpu":
         from . import tpu
 
-        return tpu.supports(qkv, tables, heads)
+        return not (of_decodes and tpu.keeps_decodes()) and tpu.supports(qkv, tables, heads)
     return backend == "reference"
 
 

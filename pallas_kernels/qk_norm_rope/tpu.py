@@ -33,6 +33,11 @@ def _rows(num_tokens: int, row_bytes: int) -> int | None:
     return None if num_tokens % rows else rows
 
 
+def keeps_decodes(chip: str | None = None) -> bool:
+    """Whether what XLA makes of so few rows stays on the chip."""
+    return chip_of(chip).keeps_results
+
+
 def supports(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads) -> bool:
     """Whether heads are whole lanes, and rotated whole, and whole tiles make up the tokens."""
     return (

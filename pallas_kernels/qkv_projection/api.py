@@ -10,13 +10,20 @@ BACKENDS = ("reference", "tpu")
 
 
 def has_kernel(
-    x: jax.Array, weight: jax.Array, tables: tuple[jax.Array, jax.Array], heads: Heads, backend: str
+    x: jax.Array,
+    weight: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    heads: Heads,
+    backend: str,
+    *,
+    of_decodes: bool = False,
 ) -> bool:
-    """Whether `backend` has a kernel for these shapes that is worth it; "reference" takes all."""
+    """Whether `backend` has a kernel for these shapes that is worth it; "reference" takes all. of_decodes: x has a row
+    for each of a step's requests."""
     if backend == "tpu":
         from . import tpu  # Pallas takes time to import
 
-        return tpu.gains() and tpu.supports(x, weight, tables, heads)
+        return tpu.gains(of_decodes=of_decodes) and tpu.supports(x, weight, tables, heads)
     return backend == "reference"
 
 

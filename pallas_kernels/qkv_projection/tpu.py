@@ -94,9 +94,11 @@ def _body(x, weight, table, norms, queries, both, *, heads: Heads, sizes: Sizes,
                 both[index, rows, dim:] = head
 
 
-def gains(chip: str | None = None) -> bool:
-    """Whether the projection would leave the chip otherwise, so that the kernel moves less than XLA's product."""
-    return chip_of(chip).projects_heads
+def gains(chip: str | None = None, *, of_decodes: bool = False) -> bool:
+    """Whether the projection, which is small in a step of decodes, would leave the chip otherwise, so that the kernel
+    moves less than XLA's product."""
+    device = chip_of(chip)
+    return device.projects_heads and not (of_decodes and device.keeps_results)
 
 
 def supports(

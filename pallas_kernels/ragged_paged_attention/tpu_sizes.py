@@ -58,6 +58,12 @@ class Chip:
     projects_heads: bool
 
     @property
+    def keeps_results(self) -> bool:
+        """Whether XLA leaves results of products on the chip if they fit (see `jaxllm/plan/activations.py`). Two cores
+        with a VMEM each exchange them through HBM; but v4's share CMEM."""
+        return self.cores == 1 or not self.projects_heads
+
+    @property
     def stay_bytes(self) -> int:
         """The most that an array may take up in VMEM on its way from or to a kernel. Where two cores are one device,
         none: each has a VMEM of its own, in which XLA keeps copies of an array, but a kernel that is split between them

@@ -4,7 +4,7 @@ from jaxllm.engine.sampling.grammar_mask import apply_grammar_mask, mask_words
 from jaxllm.engine.sampling.logprobs import logprobs_of
 from jaxllm.engine.sampling.noise import Purpose
 from jaxllm.engine.sampling.rows import RowParams, SlotTables, Uses
-from jaxllm.engine.sampling.sampler import Sampled, sample
+from jaxllm.engine.sampling.sampler import Sampled, sample, sample_likeliest
 from jaxllm.engine.sampling.slot_params import (
     NUM_COLUMNS,
     SlotParams,
@@ -51,6 +51,7 @@ __all__ = [
     "mask_words",
     "needs_tables",
     "sample",
+    "sample_likeliest",
     "stop_mask_row",
     "unpack",
     "variant_for",

@@ -79,7 +79,11 @@ def first_best(
     Returns:
       int32[R] (beyond the vocabulary where no column holds it) and float32[R].
     """
-    ids = first_argmax(values, largest) + vocab_offset
+    return _best_of_shards(first_argmax(values, largest) + vocab_offset, largest, axis)
+
+
+def _best_of_shards(ids: jax.Array, largest: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+    """Of each shard's largest values, float32[R], and the lowest ids that hold them: those of all shards."""
     if axis is None:
         return ids, largest
     both = gather_over(jnp.stack([lax.bitcast_convert_type(largest, jnp.int32), ids]), axis)  # [shards, 2, R]
@@ -141,7 +145,7 @@ def sample(
     Returns:
       A `Sampled`; its tokens are global ids.
     """
-    num_rows, width = logits.shape
+    width = logits.shape[1]
     size = width if vocab_size is None else vocab_size
     raw = mask_padding(logits.astype(jnp.float32), size, vocab_offset, axis)
     largest = largest_logit(raw)
@@ -159,23 +163,37 @@ def sample(
         tokens, _ = first_best(scores, jnp.max(scores, axis=1), vocab_offset, axis)
     else:
         tokens, largest = first_best(adjusted, largest, vocab_offset, axis)
-    finite &= jnp.isfinite(largest)
-    tokens = jnp.where(finite, tokens, 0)
-
+    chosen = _chosen(tokens, finite & jnp.isfinite(largest))
     if variant.num_logprobs is None:
-        logprob, rank = jnp.zeros(num_rows, np.float32), jnp.zeros(num_rows, np.int32)
-        top_ids, top_logprobs = jnp.zeros((num_rows, 0), np.int32), jnp.zeros((num_rows, 0), np.float32)
-    else:
-        num_logprobs = min(variant.num_logprobs, width * num_shards(axis))
-        logprob, rank, top_ids, top_logprobs = logprobs_of(
-            raw, tokens, num_logprobs, vocab_offset=vocab_offset, axis=axis
-        )
+        return chosen
+    num_logprobs = min(variant.num_logprobs, width * num_shards(axis))
+    logprob, rank, top_ids, top_logprobs = logprobs_of(
+        raw, chosen.tokens[:, 0], num_logprobs, vocab_offset=vocab_offset, axis=axis
+    )
+    return dataclasses.replace(chosen, logprob=logprob, rank=rank, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def sample_likeliest(largest: jax.Array, ids: jax.Array, axis: str | None = None) -> Sampled:
+    """What `sample` returns in the greedy variant.
+
+    Args:
+      largest: float32[R], the largest logit of each row; infinity where any is NaN or infinity.
+      ids: int32[R], the lowest global id that has it.
+      axis: the mesh axis of a vocabulary in shards, of which each brings its own.
+    """
+    tokens, largest = _best_of_shards(ids, largest, axis)
+    return _chosen(tokens, jnp.isfinite(largest))
+
+
+def _chosen(tokens: jax.Array, finite: jax.Array) -> Sampled:
+    """Without logprobs."""
+    num_rows = len(tokens)
     return Sampled(
-        tokens=tokens[:, None],
+        tokens=jnp.where(finite, tokens, 0)[:, None],
         num_accepted=jnp.ones(num_rows, np.int32),
-        logprob=logprob,
-        rank=rank,
-        top_ids=top_ids,
-        top_logprobs=top_logprobs,
+        logprob=jnp.zeros(num_rows, np.float32),
+        rank=jnp.zeros(num_rows, np.int32),
+        top_ids=jnp.zeros((num_rows, 0), np.int32),
+        top_logprobs=jnp.zeros((num_rows, 0), np.float32),
         finite=finite,
     )
