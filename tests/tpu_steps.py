@@ -315,7 +315,8 @@ def _named(found: list[hlo_cost.Collective]) -> Counter[str]:
 
 def measure(engine: Engine, step: Step) -> Measured:
     """Compiles a step's two executables and counts them."""
-    rows = next(rung for rung in row_rungs(engine.plan.scheduler.max_num_seqs) if rung >= len(step.lengths))
+    rungs = row_rungs(engine.plan.scheduler.max_num_seqs, engine.plan.decode_rungs)
+    rows = next(rung for rung in rungs if rung >= len(step.lengths))
     whole, head = engine.minimum(step), engine.cost.head_weights
     logits = Work(head * engine.cost.itemsize, 2 * len(step.lengths) * head)
     forward = Work(whole.bytes - logits.bytes, whole.flops - logits.flops)

@@ -104,11 +104,12 @@ class Pool:
 def row_rungs(max_num_seqs: int, decode_rungs: Sequence[int] = ()) -> tuple[int, ...]:
     """Row counts of the sampler: that of the smallest step of decodes (1 without), then each 8 times the one before, up
     to all slots. Where decodes have rungs of their own the least is 2: for one row's logits in float32 XLA:GPU sums
-    over a converted head, which with that of Llama-3.1-8B takes 1.3 ms longer than the product of two rows."""
+    over a converted head, which with that of Llama-3.1-8B takes 1.3 ms longer than the product of two rows. There 64 is
+    one, too: of a small model's FLOPs logits are a fifth, which steps of 64 decodes would else do twice."""
     rungs = [min(max(2, decode_rungs[0]) if decode_rungs else 1, max_num_seqs)]
     while rungs[-1] * 8 < max_num_seqs:
         rungs.append(rungs[-1] * 8)
-    return (*rungs, max_num_seqs) if max_num_seqs > rungs[-1] else tuple(rungs)
+    return tuple(sorted({*rungs, *(size for size in decode_rungs if size == 64), max_num_seqs}))
 
 
 class Lowering:

@@ -180,6 +180,8 @@ def plan_engine(config: EngineConfig, model: CausalLM, least: Callable[[int], in
     decodes = decode_rungs(config, max_num_seqs, on_cpu)
     plan = EnginePlan(dtype, backend, scheduler, decodes, groups, layers, weight_bytes, cache_bytes)
     memory.check_longest_fits(plan.groups, max_model_len, cache_bytes)
+    if config.kv_cache_memory_bytes is not None:
+        check_got_memory(jax.local_devices()[: config.num_devices], needed=weight_bytes + cache_bytes)
     if on_cpu:
         _check_host_memory(config, plan, model.config.shard_vocab)
     return plan

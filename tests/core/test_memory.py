@@ -25,3 +25,9 @@ def test_no_accelerator_computes_one_row_alone(max_num_seqs):
     rows = row_rungs(max_num_seqs, decodes)
     assert rows[0] == min(2, max_num_seqs) and rows[-1] == max_num_seqs and list(rows) == sorted(set(rows))
     assert row_rungs(max_num_seqs)[0] == 1  # on a CPU, where one row is the quickest
+
+
+def test_the_sampler_takes_64_rows_where_steps_of_decodes_do():
+    assert row_rungs(256, default_decode_rungs(256, on_cpu=False)) == (2, 16, 64, 128, 256)
+    assert row_rungs(40, default_decode_rungs(40, on_cpu=False)) == (2, 16, 40)
+    assert row_rungs(256) == (1, 8, 64, 256)

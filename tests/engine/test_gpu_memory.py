@@ -32,6 +32,8 @@ def gpu(monkeypatch):
 
     def put(array, device):
         device.touch()
+        if not device.memory_stats()["pool_bytes"]:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4 bytes.")
         return np.asarray(array)
 
     monkeypatch.setattr(jax, "device_put", put)
@@ -48,6 +50,26 @@ def test_a_part_is_refused_with_the_device_and_what_to_set(gpu, monkeypatch):
         check_got_memory([gpu(LIMIT), gpu(71_798_095_872, 1)])
     for part in ("135.1 GB", "NVIDIA H200 1", "71.8 GB", "nvidia-smi", "XLA_CLIENT_MEM_FRACTION=0.47"):
         assert part in str(caught.value)
+
+
+def test_the_name_that_the_user_has_set_is_the_one_to_change(gpu, monkeypatch):
+    """Both at once jaxlib refuses."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    with pytest.raises(OutOfMemoryError, match=r"setting XLA_PYTHON_CLIENT_MEM_FRACTION=0\.47$"):
+        check_got_memory([gpu(71_798_095_872)])
+
+
+@pytest.mark.parametrize("free", [0, 500_000_000])
+def test_where_next_to_nothing_is_left_no_share_is_advised(gpu, monkeypatch, free):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    with pytest.raises(OutOfMemoryError, match=r"nvidia-smi shows which processes\)$"):
+        check_got_memory([gpu(free)])
+
+
+def test_a_cache_of_a_given_size_needs_no_more_than_itself(gpu):
+    check_got_memory([gpu(71_798_095_872)], needed=70_000_000_000)
+    with pytest.raises(OutOfMemoryError, match=r"the engine needs 72\.0 GB, and got 71\.8 GB"):
+        check_got_memory([gpu(71_798_095_872)], needed=72_000_000_000)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +136,10 @@ def test_where_nothing_is_out_of_reach_kernels_sum(tensor_axis, driver, ordinals
     assert tensor_axis(driver, ordinals) == TENSOR
 
 
-def test_gpus_out_of_reach_leave_sums_to_nccl_and_the_log_says_so(tensor_axis, caplog):
-    assert tensor_axis(Driver({(1, 3)}), [0, 1, 2, 3]) is None
-    assert "GPUs 1 and 3 cannot reach each other's memory: NCCL sums" in caplog.text
+@pytest.mark.parametrize("apart", [(1, 3), (3, 1)])
+def test_gpus_out_of_reach_leave_sums_to_nccl_and_the_log_says_so(tensor_axis, caplog, apart):
+    assert tensor_axis(Driver({apart}), [0, 1, 2, 3]) is None
+    assert f"GPUs {apart[0]} and {apart[1]} cannot reach each other's memory: NCCL sums" in caplog.text
 
 
 def test_one_gpu_reaches_itself():

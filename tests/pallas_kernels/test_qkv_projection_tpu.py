@@ -9,7 +9,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxllm.models.rope import Rope
+from pallas_kernels.gated_matmul import tpu as gated_matmul
 from pallas_kernels.qk_norm_rope import Heads
+from pallas_kernels.qk_norm_rope import tpu as qk_norm_rope
 from pallas_kernels.qkv_projection import has_kernel, qkv_projection, tpu
 from pallas_kernels.ragged_paged_attention.tpu_sizes import chips
 from tests.tpu_topology import abstract, compiling_for, kernel_vmem
@@ -128,3 +130,12 @@ def test_what_the_kernel_lacks_is_left_to_xla_or_refused():
         qkv_projection(x, weight, tables, None, Heads(1, 0, 256), backend="reference")
     with pytest.raises(ValueError, match="'xla' is unknown"):
         qkv_projection(x, weight, tables, None, heads, backend="xla")
+
+
+def test_decodes_take_kernels_where_xla_leaves_no_result_on_the_chip():
+    """v5p's two cores exchange results through HBM; elsewhere those of so few rows stay, and XLA fetches weights while
+    attention runs."""
+    for chip in chips():
+        assert qk_norm_rope.keeps_decodes(chip) == gated_matmul.keeps_decodes(chip) == (chip != "v5p")
+        assert tpu.gains(chip, of_decodes=True) == (chip == "v5p")
+        assert tpu.gains(chip) == (chip in ("v5p", "tpu7x"))

@@ -61,6 +61,31 @@ def test_the_engine_plans_the_same(monkeypatch, name, hf, options, tensor):
     assert (here.budget.weights, here.cache_bytes) == (engine.weight_bytes, engine.cache_bytes)
 
 
+@pytest.mark.parametrize(
+    ("options", "got"), [({}, 50_000_000_000), (dict(kv_cache_memory_bytes=10_000_000_000), 1_000_000_000)]
+)
+def test_a_gpu_that_others_hold_is_refused(monkeypatch, options, got):
+    """By the engine's plan, which is made of what JAX may take, or of what the user has said."""
+    there = chip("h100")
+    device = SimpleNamespace(
+        platform="gpu",
+        device_kind=there.kind,
+        compute_capability="9.0",
+        local_hardware_id=0,
+        memory_stats=lambda: {"bytes_limit": there.device_limit(1), "pool_bytes": got},
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax, "device_put", lambda array, device: array)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_ALLOCATOR", raising=False)
+    family = model_class(SMALL)
+    shards = family(family.parse_config(SMALL).for_shards(1), dtype=jnp.bfloat16)
+    with pytest.raises(OutOfMemoryError, match="nvidia-smi"):
+        plan_engine(config(**options), shards)
+
+
 @pytest.mark.parametrize("pages", [1, 20])
 def test_one_byte_of_cache_decides(pages):
     enough = {"kv_cache_memory_bytes": pages * PAGE_BYTES, "max_model_len": pages * 64}

@@ -130,6 +130,7 @@ def sample(
     In vLLM's order: logprobs of the raw logits; logit_bias, allowed_token_ids, bad_words, min_tokens and penalties;
     temperature; min_p; top_k; top_p; the draw. A row's result depends on its own logits, parameters and slot only:
     not on the other rows, their number, the padding of the vocabulary, nor the variant (among those that serve it).
+    The logits themselves are another matter: products of other sizes, and `sample_likeliest`'s on TPU, round otherwise.
 
     Args:
       logits: float32[R, V], raw.
