@@ -21,7 +21,7 @@ from ..ragged_paged_attention.tpu_traffic import Traffic
 
 MIN_ROWS = 64  # the logits of fewer stay in VMEM
 TILE_ROWS = 16  # of bfloat16
-STRIP_BYTES = 2_000_000  # of the weight; two of them are in VMEM at once
+STRIP_BYTES = 4 << 20  # of the weight; two of them are in VMEM at once
 MOST_COLUMNS = 1024  # of a strip, whose product is float32 [T, columns]
 BEYOND = 2**31 - 1  # a column where none holds the largest entry
 
